@@ -1,0 +1,202 @@
+"""The calibration artefact: what `calibrate` writes and `generate` reads.
+
+`calibration.json` lives in the model directory. It holds, per confidence measure and exit layer, a
+map from the raw confidence to the chance that full depth would choose the same token, and the
+operating points that were predicted and measured with them. The schema is this file's dataclasses;
+`version` changes when an old reader would misunderstand a new file.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CalibrationError, OutputError, Unreachable
+
+FILE_NAME = "calibration.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceMap:
+    """Raw confidence -> chance of agreement, as a non-decreasing piecewise linear curve."""
+
+    raw: tuple[float, ...]  # ascending knots in [0, 1]
+    chance: tuple[float, ...]  # non-decreasing, in [0, 1], one per knot
+
+    def __post_init__(self):
+        if not self.raw or len(self.raw) != len(self.chance):
+            raise CalibrationError(
+                f"a confidence map has {len(self.raw)} raw and {len(self.chance)} chance knots; "
+                "it needs as many of one as of the other. Run `calibrate run` again."
+            )
+        for name, knots in (("raw", self.raw), ("chance", self.chance)):
+            if any(not 0 <= k <= 1 for k in knots) or list(knots) != sorted(knots):
+                raise CalibrationError(
+                    f"the {name} knots of a confidence map must ascend within [0, 1]. "
+                    "Run `calibrate run` again."
+                )
+
+    def __call__(self, confidence: float) -> float:
+        """Chance of agreement for one raw confidence; flat beyond the outer knots."""
+        i = bisect_right(self.raw, confidence)
+        if i == 0:
+            return self.chance[0]
+        if i == len(self.raw):
+            return self.chance[-1]
+        left, right = self.raw[i - 1], self.raw[i]
+        share = (confidence - left) / (right - left)
+        return self.chance[i - 1] + share * (self.chance[i] - self.chance[i - 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+    """One setting of the dial, with what it gains and what it costs."""
+
+    threshold: float  # smallest calibrated chance of agreement that exits
+    exit_layers: tuple[int, ...]  # exits that are checked, full depth last
+    mean_depth: float  # layers per token
+    layer_speedup: float  # n_layers / mean_depth
+    agreement: float  # share of tokens full depth would choose too, on the same prefix
+    predicted_speedup: float | None = None  # from the traces and the timed segments
+    wall_speedup: float | None = None  # measured tokens/s over full depth; None = only predicted
+    wall_speedup_interval: tuple[float, float] | None = None  # 95 % bootstrap over prompts
+    tokens: int = 0  # tokens behind mean_depth and agreement
+
+    @property
+    def speedup(self) -> float:
+        """The measured wall-clock gain where there is one, else the predicted one."""
+        for value in (self.wall_speedup, self.predicted_speedup):
+            if value is not None:
+                return value
+        return self.layer_speedup
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """All that generation needs to know about one model on one kind of device."""
+
+    n_layers: int
+    confidence: str  # the measure the operating points use
+    kv: str  # "recompute" | "propagate"
+    maps: Mapping[str, Mapping[int, ConfidenceMap]]  # measure -> exit layer -> map
+    points: tuple[OperatingPoint, ...]  # ascending speed-up
+    default: int  # index of the point `generate(adaptive=True)` uses
+    fingerprint: Mapping[str, Any]  # what it was made on: model hash, dtype, device, engine
+    recipe: Mapping[str, Any]  # how: target, prompts hash, seed, versions
+
+    @property
+    def point(self) -> OperatingPoint:
+        """The operating point used when the caller names none."""
+        return self.points[self.default]
+
+    def for_speedup(self, target: float) -> OperatingPoint:
+        """The most faithful operating point that is at least `target` times as fast.
+
+        Raises:
+            Unreachable: no point is that fast; the message names the fastest.
+        """
+        fast_enough = [p for p in self.points if p.speedup >= target]
+        if not fast_enough:
+            best = max(self.points, key=lambda p: p.speedup)
+            raise Unreachable(
+                f"no calibrated operating point reaches {target:g}x; the fastest is "
+                f"{best.speedup:.2f}x at {best.agreement:.1%} agreement. Ask for that or less, or "
+                "run `calibrate run --target-speedup` again on this device."
+            )
+        return max(fast_enough, key=lambda p: (p.agreement, p.speedup))
+
+
+def save(calibration: Calibration, directory: str | os.PathLike[str]) -> Path:
+    """Write `calibration.json` into the model `directory`, whole or not at all.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    path = Path(directory) / FILE_NAME
+    document = {"version": VERSION, **dataclasses.asdict(calibration)}
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=directory, prefix=".calibration-", suffix=".json", delete=False
+        ) as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}. Name a directory you may write to with --out."
+        ) from None
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Calibration:
+    """Read an artefact from a file or from the model directory that holds it.
+
+    Raises:
+        CalibrationError: missing, not JSON, another version, or a field that is missing or wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read {path}: {error.strerror}. Run `calibrate run` to make it."
+        ) from None
+    except ValueError:
+        raise CalibrationError(f"{path} is not JSON. Run `calibrate run` to make it anew.") from None
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        found = document.get("version") if isinstance(document, dict) else None
+        raise CalibrationError(
+            f"{path} has version {found!r}; this release reads version {VERSION}. "
+            "Run `calibrate run` to make it anew."
+        )
+    try:
+        return _parse(document)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CalibrationError(
+            f"{path} is not a valid calibration ({type(error).__name__}: {error}). "
+            "Run `calibrate run` to make it anew."
+        ) from None
+
+
+def _parse(document: dict[str, Any]) -> Calibration:
+    maps = {
+        measure: {
+            int(layer): ConfidenceMap(tuple(m["raw"]), tuple(m["chance"]))
+            for layer, m in by_layer.items()
+        }
+        for measure, by_layer in document["maps"].items()
+    }
+    points = tuple(_parse_point(p) for p in document["points"])
+    if not 0 <= document["default"] < len(points):
+        raise ValueError(f"default point {document['default']} of {len(points)}")
+    if document["confidence"] not in maps:
+        raise ValueError(f"no map for the measure {document['confidence']!r}")
+    return Calibration(
+        n_layers=int(document["n_layers"]),
+        confidence=document["confidence"],
+        kv=document["kv"],
+        maps=maps,
+        points=points,
+        default=int(document["default"]),
+        fingerprint=dict(document["fingerprint"]),
+        recipe=dict(document["recipe"]),
+    )
+
+
+def _parse_point(point: dict[str, Any]) -> OperatingPoint:
+    interval = point["wall_speedup_interval"]
+    return OperatingPoint(
+        **{
+            **point,
+            "exit_layers": tuple(int(layer) for layer in point["exit_layers"]),
+            "wall_speedup_interval": None if interval is None else tuple(interval),
+        }
+    )
