@@ -1,0 +1,178 @@
+"""A Hugging Face causal LM seen as four things: embed, run layers a..b, store K/V only, read out.
+
+Axes: `batch` (1), `time`, `hidden`, `vocab`. Depth is an argument: the model's configuration is read
+and never written. Which models qualify is decided by `probe`, not by a list of names.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .engine.cache import KVCache, StoreOnly
+from .engine.positions import Positions
+from .errors import ModelError
+
+
+class Decoder:
+    """The layers, norm and head of a loaded model, callable one run of layers at a time."""
+
+    def __init__(self, model: Any):
+        """Find the parts of `model`.
+
+        Raises:
+            ModelError: it is no decoder with embed_tokens, layers, norm, rotary_emb and an LM head.
+        """
+        name = type(model).__name__
+        base = model.get_decoder() if hasattr(model, "get_decoder") else None
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+        missing = [p for p in parts if not hasattr(base, p)] + ["lm_head"] * (head is None)
+        if missing:
+            raise ModelError(
+                f"{name} has no {', '.join(missing)}; adaptive depth needs a causal LM with "
+                f"{', '.join(parts)} and an LM head, such as Llama, Mistral, Qwen or Gemma."
+            )
+        self.name = name
+        self.config = config = model.config.get_text_config()
+        self.layers = cast(nn.ModuleList, base.layers)
+        self.n_layers = len(self.layers)
+        if self.n_layers < 2:
+            raise ModelError(f"{name} has 1 layer; adaptive depth needs at least 2.")
+        self._embed_tokens, self._norm, self._head = base.embed_tokens, base.norm, head
+        self.positions = Positions(base, config, self.n_layers)
+        self._embedding_scale = getattr(base, "embedding_multiplier", None)
+        self._logit_divisor = getattr(config, "logits_scaling", None)
+        self._logit_factor = getattr(model, "logit_scale", None)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [batch, time] -> hidden states [batch, time, hidden] before the first layer."""
+        hidden = self._embed_tokens(ids)
+        return hidden if self._embedding_scale is None else hidden * self._embedding_scale
+
+    def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
+        """Run layers `start`..`stop` (half open) on a block that follows what `cache` holds.
+
+        Args:
+            hidden: [batch, time, hidden] before layer `start`.
+            start: layers already run.
+            stop: layers that have run afterwards.
+            cache: gains the block's K/V in these layers, which must hold equally many tokens.
+
+        Returns:
+            [batch, time, hidden] after layer `stop` - 1, not normed.
+        """
+        block = self.positions.block(hidden, cache.lengths[start])
+        for index in range(start, stop):
+            hidden = self._call(index, hidden, block, cache)
+        return hidden
+
+    def store(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> None:
+        """Give layers `start`..`stop` the keys and values of `hidden` without running them.
+
+        Every layer projects the same `hidden`, as if the skipped layers had changed nothing:
+        approximate KV propagation (CALM, Schuster et al. 2022).
+        """
+        block = self.positions.block(hidden, cache.lengths[start])
+        stopping = StoreOnly(cache)
+        for index in range(start, stop):
+            try:
+                self._call(index, hidden, block, stopping)
+            except StoreOnly.Stored:
+                continue
+
+    def _call(self, index: int, hidden: Tensor, block: Any, cache: Any) -> Tensor:
+        kind = self.positions.layer_types[index]
+        return self.layers[index](
+            hidden,
+            attention_mask=block.masks[kind],
+            position_ids=block.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=block.embeddings[kind],
+        )
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Hidden states after any layer -> logits, through the shared final norm and LM head.
+
+        Args:
+            hidden: [..., hidden], not normed.
+
+        Returns:
+            [..., vocab] with the model's own logit scale and soft-capping applied.
+        """
+        logits = self._head(self._norm(hidden))
+        if self._logit_factor is not None:
+            logits = logits * self._logit_factor
+        if self._logit_divisor is not None:
+            logits = logits / self._logit_divisor
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @torch.no_grad()
+    def readouts(self, ids: Tensor, exit_layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Run a whole text at full depth and read it out at every exit on the way.
+
+        Args:
+            ids: [batch, time] token ids.
+            exit_layers: ascending counts of layers; no layer beyond the last is run.
+
+        Yields:
+            (exit layer, logits [batch, time, vocab]), shallow to deep.
+        """
+        cache = KVCache(self.n_layers, capacity=ids.shape[1])
+        hidden, start = self.embed(ids), 0
+        for exit_layer in exit_layers:
+            hidden = self.run(hidden, start, exit_layer, cache)
+            start = exit_layer
+            yield exit_layer, self.readout(hidden)
+
+
+@torch.no_grad()
+def probe(model: Any, decoder: Decoder) -> None:
+    """Check that running `model` layer by layer gives what the model itself gives.
+
+    Twelve random tokens go through in every way the engine uses: a prompt, one token, a block, and
+    tokens whose deep layers are caught up later.
+
+    Raises:
+        ModelError: the layers cannot be called, or the logits differ beyond rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (1, 12), generator=generator).to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        reference = model(input_ids=ids, use_cache=False).logits.float()
+        split = _split_run(decoder, ids).float()
+    except (TypeError, AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{decoder.name} cannot be run layer by layer ({type(error).__name__}: {error}). "
+            "Use the model without adaptive_gen."
+        ) from error
+    finally:
+        model.train(was_training)
+    scale = float(reference.abs().max())
+    difference = float((split - reference).abs().max())
+    tolerance = scale * torch.finfo(model.dtype).eps ** 0.5
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{decoder.name} run layer by layer differs from the model itself by {difference:.2g} "
+            f"in its logits ({tolerance:.2g} is allowed). Use the model without adaptive_gen."
+        )
+
+
+def _split_run(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Logits [1, 12, vocab] of a prompt of 5, one token, a block of 3 and 3 caught up at last."""
+    n_layers, middle = decoder.n_layers, decoder.n_layers // 2
+    cache = KVCache(n_layers, capacity=4)
+    logits = []
+    for part in ids[:, :9].split([5, 1, 3], dim=1):
+        shallow = decoder.run(decoder.embed(part), 0, middle, cache)
+        logits.append(decoder.readout(decoder.run(shallow, middle, n_layers, cache)))
+    waiting = [decoder.run(decoder.embed(ids[:, i, None]), 0, middle, cache) for i in (9, 10, 11)]
+    logits.append(decoder.readout(decoder.run(torch.cat(waiting, 1), middle, n_layers, cache)))
+    return torch.cat(logits, 1)

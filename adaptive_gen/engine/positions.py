@@ -1,0 +1,116 @@
+"""Where the tokens of a block stand: rotary embeddings and attention masks.
+
+A block is `time` consecutive positions starting at `start`, attending to every position below them
+and causally to each other. Families differ in which layers look through a sliding window and in
+whether the rotary embedding depends on the layer's type; both are read off the model here.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Rotary embeddings of these types do not depend on the length of the text, so a table serves.
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+
+
+class Block(NamedTuple):
+    """What every layer needs besides hidden states; dictionaries are keyed by layer type."""
+
+    position_ids: Tensor  # [1, time]
+    embeddings: dict[str, tuple[Tensor, Tensor]]  # cos, sin: [1, time, head_dim] each
+    masks: dict[str, Tensor | None]  # [1, 1, time, keys], or None where causality is implied
+
+
+class Positions:
+    """Builds a `Block` for any run of positions of one model."""
+
+    def __init__(self, base_model: Any, config: Any, n_layers: int):
+        """Read layer types, window and rotary embedding off a decoder.
+
+        Args:
+            base_model: the decoder without its head.
+            config: its text configuration.
+            n_layers: decoder layers.
+
+        Raises:
+            ModelError: an attention pattern that is neither full nor a sliding window.
+        """
+        self._config = config
+        self._rotary = base_model.rotary_emb
+        self._rotary_by_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self.window: int | None = getattr(config, "sliding_window", None)
+        listed = getattr(config, "layer_types", None)
+        default = FULL if self.window is None else SLIDING
+        self.layer_types: list[str] = list(listed) if listed else [default] * n_layers
+        unknown = set(self.layer_types) - {FULL, SLIDING}
+        if unknown:
+            raise ModelError(
+                f"attention of type {', '.join(sorted(unknown))} cannot be run layer by layer; "
+                f"{FULL} and {SLIDING} can. Use the model without adaptive_gen."
+            )
+        self.types = sorted(set(self.layer_types))
+        rope = getattr(self._rotary, "rope_type", "default")
+        rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}
+        self._tabled = rope_types <= _STATIC_ROPE
+        self._table: Block | None = None
+
+    def block(self, hidden: Tensor, start: int) -> Block:
+        """Positions, rotary embeddings and masks for a block.
+
+        Args:
+            hidden: [1, time, hidden]; its dtype and device decide those of the result.
+            start: position of its first token.
+        """
+        time = hidden.shape[1]
+        stop = start + time
+        if self._tabled:
+            table = self._grown_table(hidden, stop)
+            ids = table.position_ids[:, start:stop]
+            embeddings = {
+                kind: (cos[:, start:stop], sin[:, start:stop])
+                for kind, (cos, sin) in table.embeddings.items()
+            }
+        else:
+            ids = torch.arange(start, stop, device=hidden.device)[None]
+            embeddings = self._embed(hidden, ids)
+        return Block(ids, embeddings, {k: self._mask(k, hidden, start, stop) for k in self.types})
+
+    def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        if self._rotary_by_type:
+            return {kind: self._rotary(hidden, ids, kind) for kind in self.types}
+        return dict.fromkeys(self.types, self._rotary(hidden, ids))
+
+    def _grown_table(self, hidden: Tensor, length: int) -> Block:
+        """Rotary embeddings of all positions up to `length` and some more, computed once."""
+        table = self._table
+        if table is not None and table.position_ids.shape[1] >= length:
+            cos = table.embeddings[self.types[0]][0]
+            if cos.dtype == hidden.dtype and cos.device == hidden.device:
+                return table
+        ids = torch.arange(max(256, 1 << length.bit_length()), device=hidden.device)[None]
+        self._table = table = Block(ids, self._embed(hidden, ids), {})
+        return table
+
+    def _mask(self, kind: str, hidden: Tensor, start: int, stop: int) -> Tensor | None:
+        attention = self._config._attn_implementation
+        limited = kind == SLIDING and self.window is not None and stop > self.window
+        if "flash" in attention or (stop - start == 1 and not limited):
+            return None  # flash attention is causal from the last key back and knows the window
+        if attention == "sdpa" and start == 0 and not limited:
+            return None  # sdpa is causal by itself while queries and keys are the same tokens
+        query = torch.arange(start, stop, device=hidden.device)[:, None]
+        key = torch.arange(stop, device=hidden.device)[None]
+        allowed = key <= query
+        if limited and self.window is not None:
+            allowed &= key > query - self.window
+        allowed = allowed[None, None]
+        if attention == "sdpa":
+            return allowed
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(
+            ~allowed, torch.finfo(hidden.dtype).min
+        )

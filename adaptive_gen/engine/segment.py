@@ -1,0 +1,62 @@
+"""Segments: the runs of layers between neighbouring exits, the unit the scheduler works with.
+
+A back end is another class with these two methods over the same weights and the same cache; it must
+give what `ModuleSegment` gives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..decoder import Decoder
+from .cache import KVCache
+
+
+class Segment(Protocol):
+    """Layers `start`..`stop` (half open) of a model."""
+
+    @property
+    def start(self) -> int:
+        """Layers that have run before it."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """Layers that have run after it: the exit layer at its end."""
+        ...
+
+    def run(self, hidden: Tensor, cache: KVCache) -> Tensor:
+        """Run the layers on a block [1, time, hidden] that follows what `cache` holds."""
+        ...
+
+    def store(self, hidden: Tensor, cache: KVCache) -> None:
+        """Give the layers the block's keys and values only (KV propagation)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModuleSegment:
+    """The back end `module`: calls the model's own decoder layers."""
+
+    decoder: Decoder
+    start: int
+    stop: int
+
+    def run(self, hidden: Tensor, cache: KVCache) -> Tensor:
+        """Run the layers on a block."""
+        return self.decoder.run(hidden, self.start, self.stop, cache)
+
+    def store(self, hidden: Tensor, cache: KVCache) -> None:
+        """Store the block's keys and values."""
+        self.decoder.store(hidden, self.start, self.stop, cache)
+
+
+def module_segments(decoder: Decoder, exit_layers: Sequence[int]) -> list[Segment]:
+    """One `ModuleSegment` before each of the ascending `exit_layers`."""
+    starts = [0, *exit_layers[:-1]]
+    return [
+        ModuleSegment(decoder, start, stop)
+        for start, stop in zip(starts, exit_layers, strict=True)
+    ]
