@@ -1,0 +1,198 @@
+"""The keywords of `generate(adaptive=True, ...)`, turned into what the engine runs with.
+
+They travel as fields of transformers' `GenerationConfig`, so transformers itself merges, copies and
+saves them; here they are checked and completed from the calibration.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from . import confidence as measures
+from . import exits
+from .calibration import Calibration, OperatingPoint
+from .decoder import Decoder
+from .engine.scheduler import KV_POLICIES, QUEUE_CAP
+from .errors import CalibrationError, OptionError
+from .policy import ExitPolicy, ThresholdPolicy
+
+log = logging.getLogger("adaptive_gen")
+
+DEFAULT_THRESHOLD = 0.9
+# Keywords of ours that `generate` accepts; None means "not said".
+FIELDS = (
+    "adaptive",
+    "threshold",
+    "target_speedup",
+    "confidence",
+    "kv",
+    "lossless",
+    "audit",
+    "exit_layers",
+    "policy",
+)
+_NOT_YET = ("lossless", "audit")
+
+
+@dataclass
+class State:
+    """What a wrapped model carries besides its own weights."""
+
+    decoder: Decoder
+    exit_layers: tuple[int, ...]  # normalised: full depth last
+    calibration: Calibration | None = None
+    queue_cap: int = QUEUE_CAP
+    told: set[str] = field(default_factory=set)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.decoder.n_layers
+
+    def tell_once(self, message: str) -> None:
+        """Log a warning the first time it comes up with this model."""
+        if message not in self.told:
+            self.told.add(message)
+            log.warning(message)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One call's choices, complete."""
+
+    exit_layers: tuple[int, ...]
+    policy: ExitPolicy
+    confidence: Callable[[Tensor, int], float]
+    kv: str
+    queue_cap: int
+
+
+def resolve(config: Any, state: State) -> Settings:
+    """Check the adaptive fields of a generation config and complete them.
+
+    Args:
+        config: any object with the attributes `FIELDS`, each possibly None or absent.
+        state: the wrapped model's.
+
+    Raises:
+        OptionError: a value out of range, two that exclude each other, or one not available.
+        CalibrationError: `target_speedup` without a calibration.
+        Unreachable: `target_speedup` beyond every operating point.
+    """
+    given = {name: getattr(config, name, None) for name in FIELDS}
+    for name in _NOT_YET:
+        if given[name]:
+            raise OptionError(f"{name}=True is not available in this release; leave {name} out.")
+    if sum(given[name] is not None for name in ("threshold", "target_speedup", "policy")) > 1:
+        raise OptionError(
+            "threshold, target_speedup and policy each decide when to exit; give one of them."
+        )
+    if given["kv"] not in (None, *KV_POLICIES):
+        raise OptionError(f"kv={given['kv']!r} is unknown; use one of {', '.join(KV_POLICIES)}.")
+
+    calibration = state.calibration
+    point = _operating_point(given, calibration)
+    if given["exit_layers"] is not None:
+        layers = exits.normalise(given["exit_layers"], state.n_layers)
+    else:
+        layers = point.exit_layers if point is not None else state.exit_layers
+    kv = given["kv"] or (calibration.kv if calibration is not None else KV_POLICIES[0])
+    return Settings(
+        exit_layers=layers,
+        policy=given["policy"] or _threshold_policy(given["threshold"], point, layers, state),
+        confidence=_confidence(given["confidence"], layers, state),
+        kv=kv,
+        queue_cap=state.queue_cap,
+    )
+
+
+def _operating_point(
+    given: Mapping[str, Any], calibration: Calibration | None
+) -> OperatingPoint | None:
+    """The calibrated point in force: the one asked for by speed, or the default if nothing is."""
+    target = given["target_speedup"]
+    if target is not None:
+        if not isinstance(target, int | float) or isinstance(target, bool) or not target >= 1:
+            raise OptionError(f"target_speedup={target!r} is not a number of 1 or more, such as 1.5.")
+        if calibration is None:
+            raise CalibrationError(
+                f"target_speedup={target:g} needs a calibration and this model has none. "
+                f"Run `calibrate run MODEL --target-speedup {target:g}`, or give a threshold."
+            )
+        return calibration.for_speedup(target)
+    if given["threshold"] is None and given["policy"] is None and calibration is not None:
+        return calibration.point
+    return None
+
+
+def _threshold_policy(
+    threshold: Any, point: OperatingPoint | None, layers: tuple[int, ...], state: State
+) -> ThresholdPolicy:
+    if point is not None:
+        threshold = point.threshold
+    elif threshold is None:
+        threshold = DEFAULT_THRESHOLD
+        state.tell_once(
+            f"no threshold given and no calibration found: using threshold={threshold} on the raw "
+            "confidence. `calibrate run` finds one for this model."
+        )
+    elif state.calibration is None and threshold not in (0, 1):
+        state.tell_once(
+            "no calibration found: the threshold is compared with the raw confidence, which means "
+            "something else at every exit. `calibrate run` makes it a chance of agreement."
+        )
+    if isinstance(threshold, Mapping):
+        return ThresholdPolicy(_per_exit(threshold, layers))
+    return ThresholdPolicy(dict.fromkeys(layers[:-1], check_threshold(threshold)))
+
+
+def _per_exit(thresholds: Mapping[Any, Any], layers: tuple[int, ...]) -> dict[int, float]:
+    """Thresholds by exit layer; a configuration file's keys arrive as strings."""
+    by_layer = {}
+    for key, value in thresholds.items():
+        layer = int(key) if str(key).isdigit() else key
+        if layer not in layers:
+            raise OptionError(
+                f"threshold names exit layer {key!r}, which is not checked; the exit layers are "
+                f"{', '.join(map(str, layers))}. Give exit_layers=[...] with it to change them."
+            )
+        by_layer[layer] = check_threshold(value)
+    return by_layer
+
+
+def check_threshold(value: Any) -> float:
+    """Return `value` if it is a threshold, a number in [0, 1]; raise `OptionError` if not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise OptionError(
+            f"threshold={value!r} is not a number from 0 (always the first exit) to 1 (full depth)."
+        )
+    return float(value)
+
+
+def _confidence(
+    name: str | None, layers: tuple[int, ...], state: State
+) -> Callable[[Tensor, int], float]:
+    calibration = state.calibration
+    if name is None:
+        name = calibration.confidence if calibration is not None else measures.DEFAULT
+    if name not in measures.MEASURES:
+        raise OptionError(
+            f"confidence={name!r} is unknown; use one of {', '.join(measures.MEASURES)}."
+        )
+    measure = measures.MEASURES[name]
+    maps = calibration.maps.get(name, {}) if calibration is not None else {}
+    unmapped = [layer for layer in layers[:-1] if layer not in maps]
+    if calibration is not None and unmapped:
+        state.tell_once(
+            f"the calibration has no {name} map for exit layer {', '.join(map(str, unmapped))}: "
+            "the raw confidence is used there."
+        )
+
+    def confidence(logits: Tensor, exit_layer: int) -> float:
+        raw = float(measure(logits))
+        return maps[exit_layer](raw) if exit_layer in maps else raw
+
+    return confidence

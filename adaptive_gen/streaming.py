@@ -1,0 +1,122 @@
+"""Tokens -> text with timings, one chunk per token as it is decoded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .decoding import Report, TokenLoop
+from .errors import OptionError
+from .generate import LoopHandover
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+class Chunk(NamedTuple):
+    """One new token of a stream."""
+
+    text: str  # may be empty: a character can take several tokens
+    token: int
+    exit_layer: int
+    confidence: float  # nan where full depth decided unasked
+    tokens_per_s: float  # decoded so far, prefill left out; 0 for the first token
+
+
+class Stream:
+    """An iterator of `Chunk`; what it has done so far is in `report` at any time.
+
+    The texts of all chunks, joined, are what the tokenizer makes of the new tokens at once.
+    """
+
+    def __init__(self, loop: TokenLoop, tokenizer: Any):
+        """Take over a loop that has not run yet."""
+        self._loop = loop
+        self._chunks = self._iterate(_Detokenizer(tokenizer))
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The stream itself."""
+        return self
+
+    def __next__(self) -> Chunk:
+        """Decode one more token."""
+        return next(self._chunks)
+
+    def _iterate(self, text: "_Detokenizer") -> Iterator[Chunk]:
+        for step in self._loop:
+            piece = text.push(step.token, last=self._loop.finished)
+            yield Chunk(piece, *step, self.report.tokens_per_s)
+
+    @property
+    def report(self) -> Report:
+        """The account of what has been decoded so far."""
+        return self._loop.report()
+
+    def close(self) -> None:
+        """Stop decoding; the model is as it was before."""
+        self._chunks.close()  # type: ignore[attr-defined]
+
+
+class _Detokenizer:
+    """Text that each new token adds, held back while it is part of a character.
+
+    Decoding only the tokens since the last clean break keeps a step's cost constant, and one clean
+    piece of context before them keeps a sentencepiece tokenizer from dropping the leading space.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context = self._shown = 0  # where the decoded window and the unseen tokens start
+
+    def push(self, token: int, last: bool) -> str:
+        """Add a token; return the text that is now settled, all of it if it is the last."""
+        self._tokens.append(token)
+        before = self._decode(self._context, self._shown)
+        now = self._decode(self._context, len(self._tokens))
+        if now.endswith("\ufffd") and not last:
+            return ""
+        self._context, self._shown = self._shown, len(self._tokens)
+        return now[len(before) :]
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+
+
+def stream(model: Any, tokenizer: Any, prompt: Prompt, **kwargs: Any) -> Stream:
+    """Generate with adaptive depth, yielding every token as it is decoded.
+
+    Args:
+        model: a wrapped model.
+        tokenizer: its tokenizer.
+        prompt: a text to continue, or chat messages ({"role", "content"}) for its chat template.
+        **kwargs: what `model.generate(adaptive=True, ...)` takes, `threshold` for one.
+
+    Returns:
+        An iterator of `Chunk` with a live `report`; it may be dropped at any token.
+
+    Raises:
+        OptionError: an empty prompt, a chat without a template, or a keyword out of range.
+    """
+    return Stream(
+        model.generate(
+            **encode(tokenizer, prompt, model.device),
+            **{"tokenizer": tokenizer, **kwargs, "adaptive": True},
+            streamer=LoopHandover(),
+        ),
+        tokenizer,
+    )
+
+
+def encode(tokenizer: Any, prompt: Prompt, device: Any) -> dict[str, Any]:
+    """A prompt as the keywords `generate` takes: input_ids and attention_mask, [1, time] each."""
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    elif tokenizer.chat_template is None:
+        raise OptionError(
+            "this tokenizer has no chat template; give the prompt as one text instead of messages."
+        )
+    else:
+        inputs = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    if inputs["input_ids"].shape[1] == 0:
+        raise OptionError("the prompt is empty; give it at least one word.")
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
