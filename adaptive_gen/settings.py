@@ -139,7 +139,7 @@ def _threshold_policy(
             f"no threshold given and no calibration found: using threshold={threshold} on the raw "
             "confidence. `calibrate run` finds one for this model."
         )
-    elif state.calibration is None and threshold not in (0, 1):
+    elif state.calibration is None and _is_a_dial(threshold):
         state.tell_once(
             "no calibration found: the threshold is compared with the raw confidence, which means "
             "something else at every exit. `calibrate run` makes it a chance of agreement."
@@ -147,6 +147,12 @@ def _threshold_policy(
     if isinstance(threshold, Mapping):
         return ThresholdPolicy(_per_exit(threshold, layers))
     return ThresholdPolicy(dict.fromkeys(layers[:-1], check_threshold(threshold)))
+
+
+def _is_a_dial(threshold: Any) -> bool:
+    """Whether a confidence is compared at all: 0 always exits and 1 never does."""
+    values = threshold.values() if isinstance(threshold, Mapping) else [threshold]
+    return any(value not in (0, 1) for value in values)
 
 
 def _per_exit(thresholds: Mapping[Any, Any], layers: tuple[int, ...]) -> dict[int, float]:

@@ -1,0 +1,235 @@
+"""DESIGN's invariants: where two ways compute one thing, they agree."""
+
+import families
+import pytest
+import torch
+from families import FAMILIES
+
+import adaptive_gen
+from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.engine.scheduler import Scheduler
+from adaptive_gen.engine.segment import module_segments
+from adaptive_gen.generate import state
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def double_softmax(monkeypatch):
+    """Let eager attention's softmax work in float64, which transformers narrows to float32.
+
+    In float32 its sums depend on the number of keys, and no two block shapes agree to 1e-10.
+    """
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)
+    )
+
+
+def prompt(length, vocab=96, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocab, (1, length), generator=generator)
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@every_family
+def test_never_exiting_is_transformers_greedy(family, length):
+    model = adaptive_gen.wrap(families.make(family), exit_layers=[2, 4])
+    settings = {"input_ids": prompt(length), "max_new_tokens": 64, "do_sample": False}
+    expected = model.generate(**settings)
+    assert torch.equal(model.generate(**settings, adaptive=True, threshold=1.0), expected)
+    assert expected.unique().numel() > 3, "a text of one token would agree by chance"
+
+
+@every_family
+def test_never_exiting_draws_transformers_samples(family):
+    model = adaptive_gen.wrap(families.make(family))
+    settings = {
+        "input_ids": prompt(9),
+        "max_new_tokens": 32,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.2,
+    }
+    torch.manual_seed(11)
+    expected = model.generate(**settings)
+    torch.manual_seed(11)
+    assert torch.equal(model.generate(**settings, adaptive=True, threshold=1.0), expected)
+
+
+class EveryThird:
+    """Exits at layer 2, 4 or not at all, in turn: a mixed schedule without a confidence."""
+
+    def may_exit(self, exit_layer, position):
+        return exit_layer == {0: 2, 1: 4}.get(position % 3)
+
+    def should_exit(self, exit_layer, confidence, position):
+        return True
+
+
+class Scattered:
+    """Long runs of shallow tokens, then one somewhat deeper, now and then one at full depth."""
+
+    def may_exit(self, exit_layer, position):
+        if position % 11 == 10:
+            return False
+        return exit_layer == (4 if position % 5 == 4 else 2)
+
+    def should_exit(self, exit_layer, confidence, position):
+        return True
+
+
+schedules = pytest.mark.parametrize(
+    ("policy", "queue_cap"),
+    [(EveryThird(), 1), (Scattered(), 3), (Scattered(), 16)],
+    ids=["third-cap1", "scattered-cap3", "scattered-cap16"],
+)
+
+
+def decode(model, ids, policy, kv="recompute", steps=40, queue_cap=16):
+    """Greedy decoding on a scheduler of our own; returns it, the text, and each token's exit."""
+    decoder = state(model).decoder
+    scheduler = Scheduler(
+        decoder,
+        module_segments(decoder, (2, 4, 6)),
+        KVCache(decoder.n_layers, capacity=4),
+        policy,
+        lambda logits, exit_layer: 0.5,
+        kv,
+        queue_cap,
+    )
+    exit_layers = []
+    with torch.no_grad():
+        readout = scheduler.prefill(ids)
+        for position in range(1, steps + 1):
+            token = readout.logits.argmax(-1)[:, None]
+            ids = torch.cat([ids, token], dim=1)
+            readout = scheduler.decode(token, position)
+            exit_layers.append(readout.exit_layer)
+    return scheduler, ids, exit_layers
+
+
+def full_forward_cache(model, ids):
+    decoder = state(model).decoder
+    cache = KVCache(decoder.n_layers)
+    with torch.no_grad():
+        decoder.run(decoder.embed(ids), 0, decoder.n_layers, cache)
+    return cache
+
+
+def assert_same_cache(cache, expected, tolerance):
+    assert cache.lengths == expected.lengths
+    for layer in range(len(cache.lengths)):
+        for ours, theirs in zip(
+            cache.keys_values(layer), expected.keys_values(layer), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+@schedules
+@every_family
+def test_recompute_gives_the_keys_and_values_of_a_full_forward(
+    family, policy, queue_cap, double_softmax
+):
+    if family == "llama_dynamic_rope":
+        pytest.skip("its keys depend on the length of the text when they were made")
+    model = adaptive_gen.wrap(families.make(family, torch.float64))
+    scheduler, ids, exit_layers = decode(model, prompt(5), policy, queue_cap=queue_cap)
+    assert len(set(exit_layers)) == 3, "the schedule must mix depths"
+    scheduler.flush()
+    assert all(not queue for queue in scheduler.queues)
+    assert_same_cache(scheduler.cache, full_forward_cache(model, ids), 1e-10)
+
+
+def naive_propagation(model, ids, prompt_length, exit_layers):
+    """Per token and per layer: run up to the exit, then project the exit state for each layer left.
+
+    Returns the cache and, per decoded token, its exit hidden state.
+    """
+    decoder = state(model).decoder
+    cache = KVCache(decoder.n_layers)
+    states = []
+    with torch.no_grad():
+        decoder.run(decoder.embed(ids[:, :prompt_length]), 0, decoder.n_layers, cache)
+        for index, exit_layer in enumerate(exit_layers):
+            token = ids[:, prompt_length + index, None]
+            hidden = decoder.run(decoder.embed(token), 0, exit_layer, cache)
+            for layer in range(exit_layer, decoder.n_layers):
+                module = decoder.layers[layer]
+                block = decoder.positions.block(hidden, cache.lengths[layer])
+                kept = KVCache(decoder.n_layers)
+                # The whole layer runs and its output is dropped: only its K/V are wanted.
+                kind = decoder.positions.layer_types[layer]
+                kept.lengths = list(cache.lengths)
+                shadow = _Recorder()
+                module(
+                    hidden,
+                    attention_mask=None,
+                    position_ids=block.position_ids,
+                    past_key_values=shadow,
+                    use_cache=True,
+                    position_embeddings=block.embeddings[kind],
+                )
+                cache.update(*shadow.block, layer)
+            states.append(hidden)
+    return cache, states
+
+
+class _Recorder:
+    """A cache that keeps the one block it is given and shows the layer nothing else."""
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        self.block = (key, value)
+        return key, value
+
+    def get_seq_length(self, layer_idx=0):
+        return 0
+
+
+@schedules
+@every_family
+def test_propagate_is_the_naive_projection_of_the_exit_state(
+    family, policy, queue_cap, double_softmax
+):
+    model = adaptive_gen.wrap(families.make(family, torch.float64))
+    scheduler, ids, exit_layers = decode(model, prompt(5), policy, "propagate", queue_cap=queue_cap)
+    assert len(set(exit_layers)) == 3, "the schedule must mix depths"
+    scheduler.flush()
+    expected, _ = naive_propagation(model, ids, 5, exit_layers)
+    assert_same_cache(scheduler.cache, expected, 1e-10)
+
+
+@every_family
+def test_exiting_at_one_layer_is_the_truncated_model(family, double_softmax):
+    """Every token but the first, which the prompt's full-depth pass gives, leaves at layer 4."""
+    model = adaptive_gen.wrap(families.make(family, torch.float64), exit_layers=[4], queue_cap=32)
+    if family == "llama_dynamic_rope":
+        pytest.skip("its keys depend on the length of the text when they were made")
+    out = model.generate(
+        prompt(12),
+        adaptive=True,
+        threshold=0.0,
+        kv="recompute",
+        max_new_tokens=30,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert out.exit_layers.tolist() == [[6] + [4] * 29]
+    (_, shallow), _ = state(model).decoder.readouts(out.sequences[:, :-1], (4, 6))
+    ours = torch.stack(out.logits[1:], dim=1)
+    torch.testing.assert_close(ours, shallow[:, 12:].float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_rewinding_the_cache_then_decoding_is_decoding(kv):
+    model = adaptive_gen.wrap(families.make("llama", torch.float64))
+    scheduler, ids, _ = decode(model, prompt(5), EveryThird(), kv, steps=21)
+    scheduler.flush()
+    token = ids[:, -1:]
+    first = scheduler.decode(token, 0)
+    scheduler.flush()
+    scheduler.cache.truncate(ids.shape[1])
+    second = scheduler.decode(token, 0)
+    torch.testing.assert_close(first.logits, second.logits, atol=1e-10, rtol=0)
