@@ -17,7 +17,7 @@ from .calibration import Calibration, OperatingPoint
 from .decoder import Decoder
 from .engine.scheduler import KV_POLICIES, QUEUE_CAP
 from .errors import CalibrationError, OptionError
-from .policy import ExitPolicy, ThresholdPolicy
+from .policy import ExitPolicy, FixedExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
 
@@ -99,6 +99,8 @@ def resolve(config: Any, state: State) -> Settings:
         layers = exits.normalise(given["exit_layers"], state.n_layers)
     else:
         layers = point.exit_layers if point is not None else state.exit_layers
+    if given["policy"] is not None:
+        _check_policy(given["policy"], layers)
     kv = given["kv"] or (calibration.kv if calibration is not None else KV_POLICIES[0])
     return Settings(
         exit_layers=layers,
@@ -107,6 +109,19 @@ def resolve(config: Any, state: State) -> Settings:
         kv=kv,
         queue_cap=state.queue_cap,
     )
+
+
+def _check_policy(policy: Any, layers: tuple[int, ...]) -> None:
+    if not isinstance(policy, ExitPolicy):
+        raise OptionError(
+            f"policy={policy!r} is no exit policy: it needs the methods may_exit(exit_layer, "
+            "position) and should_exit(exit_layer, confidence, position)."
+        )
+    if isinstance(policy, FixedExit) and policy.exit_layer not in layers:
+        raise OptionError(
+            f"{policy} names exit layer {policy.exit_layer}, which is not among the exit layers "
+            f"{', '.join(map(str, layers))}. Give exit_layers=[{policy.exit_layer}] with it."
+        )
 
 
 def _operating_point(
