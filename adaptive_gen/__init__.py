@@ -1,8 +1,8 @@
 """Adaptive-depth generation: few layers for easy tokens, many for hard ones.
 
-    model, tokenizer = adaptive_gen.load()                       # the built-in model
-    model = adaptive_gen.wrap(hf_model, exit_layers=[4, 8, 12])  # or any loaded causal LM
-    model.generate(**inputs, adaptive=True, threshold=0.9)
+model, tokenizer = adaptive_gen.load()                       # the built-in model
+model = adaptive_gen.wrap(hf_model, exit_layers=[4, 8, 12])  # or any loaded causal LM
+model.generate(**inputs, adaptive=True, threshold=0.9)
 """
 
 import importlib

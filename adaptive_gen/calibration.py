@@ -7,6 +7,7 @@ operating points that were predicted and measured with them. The schema is this 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -90,6 +91,11 @@ class Calibration:
     recipe: Mapping[str, Any]  # how: target, prompts hash, seed, versions
 
     @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Every exit layer that has a map, full depth last."""
+        return tuple(sorted({*self.maps[self.confidence], self.n_layers}))
+
+    @property
     def point(self) -> OperatingPoint:
         """The operating point used when the caller names none."""
         return self.points[self.default]
@@ -150,7 +156,9 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             f"cannot read {path}: {error.strerror}. Run `calibrate run` to make it."
         ) from None
     except ValueError:
-        raise CalibrationError(f"{path} is not JSON. Run `calibrate run` to make it anew.") from None
+        raise CalibrationError(
+            f"{path} is not JSON. Run `calibrate run` to make it anew."
+        ) from None
     if not isinstance(document, dict) or document.get("version") != VERSION:
         found = document.get("version") if isinstance(document, dict) else None
         raise CalibrationError(
@@ -159,7 +167,7 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         )
     try:
         return _parse(document)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationError(
             f"{path} is not a valid calibration ({type(error).__name__}: {error}). "
             "Run `calibrate run` to make it anew."
@@ -200,3 +208,25 @@ def _parse_point(point: dict[str, Any]) -> OperatingPoint:
             "wall_speedup_interval": None if interval is None else tuple(interval),
         }
     )
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What a calibration depends on: the weights, their dtype, the device and the engine.
+
+    The weights' hash covers every 997th value of each tensor, in float32: it tells checkpoints
+    apart and is the same whether a checkpoint stored in 16 bits is run in 16 or in 32.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.flatten()[::997].to("cpu", torch.float32).numpy().tobytes())
+    device = model.device.type
+    return {
+        "model": digest.hexdigest()[:16],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
+        "engine": "module",
+        "batch": 1,
+    }

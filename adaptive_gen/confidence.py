@@ -30,7 +30,7 @@ def max_prob(logits: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """One minus the entropy as a share of its largest value, log(vocab); 0 for a uniform readout."""
+    """One minus the entropy as a share of log(vocab), its largest value; 0 when uniform."""
     log_p = logits.float().log_softmax(-1)
     # A token ruled out with -inf has probability 0 and adds nothing; 0 * -inf would be nan.
     nats = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)

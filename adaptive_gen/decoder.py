@@ -1,7 +1,7 @@
 """A Hugging Face causal LM seen as four things: embed, run layers a..b, store K/V only, read out.
 
-Axes: `batch` (1), `time`, `hidden`, `vocab`. Depth is an argument: the model's configuration is read
-and never written. Which models qualify is decided by `probe`, not by a list of names.
+Axes: `batch` (1), `time`, `hidden`, `vocab`. Depth is an argument: the model's configuration is
+read and never written. Which models qualify is decided by `probe`, not by a list of names.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,8 +25,9 @@ class Decoder:
             ModelError: it is no decoder with embed_tokens, layers, norm, rotary_emb and an LM head.
         """
         name = type(model).__name__
-        base = model.get_decoder() if hasattr(model, "get_decoder") else None
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        base: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+        has_head = hasattr(model, "get_output_embeddings")
+        head: Any = model.get_output_embeddings() if has_head else None
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")
         missing = [p for p in parts if not hasattr(base, p)] + ["lm_head"] * (head is None)
         if missing:

@@ -54,6 +54,6 @@ def parse(text: str, n_layers: int | None = None) -> tuple[int, ...]:
         layers = [int(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(
-            f"exit layers {text!r} are not whole numbers separated by commas; write for example 4,8,12."
+            f"exit layers {text!r} are not whole numbers with commas between; write them as 4,8,12."
         ) from None
     return normalise(layers, n_layers) if n_layers is not None else tuple(layers)

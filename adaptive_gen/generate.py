@@ -1,15 +1,15 @@
 """The Hugging Face face: `wrap`, `load`, and what `model.generate(adaptive=True, ...)` reaches.
 
-A wrapped model is the same object with a subclass of its own class, of the same name, that overrides
-`_sample`: transformers' `generate` prepares inputs, logits processors, stopping criteria and the
-generation config as always, and our loop takes over where its loop would start.
+A wrapped model is the same object with a subclass of its own class, of the same name, that
+overrides `_sample`: transformers' `generate` prepares inputs, logits processors, stopping criteria
+and the generation config as always, and our loop takes over where its loop would start.
 """
 
 import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ from .errors import CalibrationError, ModelError, OptionError
 from .settings import FIELDS, State, resolve
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin, PreTrainedModel
+
+    class _CausalLM(PreTrainedModel, GenerationMixin):
+        """Any of transformers' causal LMs, for the type checker."""
 else:
-    GenerationMixin = object
+    _CausalLM = object
 
 BUILTIN = Path(__file__).parent / "builtin"
 _STATE = "_adaptive_gen_state"
@@ -46,7 +49,7 @@ class LoopHandover(BaseStreamer):
         """Nothing to end."""
 
 
-class AdaptiveMixin(GenerationMixin):
+class AdaptiveMixin(_CausalLM):
     """What `wrap` puts in front of a model's own class."""
 
     def _sample(
@@ -61,7 +64,7 @@ class AdaptiveMixin(GenerationMixin):
     ) -> Any:
         """Take over from transformers' sampling loop when `adaptive` is set."""
         if not getattr(generation_config, "adaptive", None):
-            return super()._sample(
+            return super()._sample(  # type: ignore[reportAttributeAccessIssue]
                 input_ids,
                 logits_processor,
                 stopping_criteria,
@@ -95,7 +98,7 @@ class AdaptiveMixin(GenerationMixin):
         if getattr(generation_config, "adaptive", None):
             _refuse(generation_config, generation_mode_kwargs)
             resolve(generation_config, state(self))
-        super()._validate_generation_mode(
+        super()._validate_generation_mode(  # type: ignore[reportAttributeAccessIssue]
             generation_mode, generation_config, generation_mode_kwargs
         )
 
@@ -212,7 +215,9 @@ def wrap(
         CalibrationError: a calibration that cannot be read or is another model's.
     """
     if queue_cap < 1:
-        raise OptionError(f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more.")
+        raise OptionError(
+            f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
+        )
     if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
         raise ModelError(
             f"{type(model).__name__} has no generate(); adaptive depth needs a transformers causal "
@@ -224,17 +229,18 @@ def wrap(
     if isinstance(calibration, str | os.PathLike):
         calibration = artefact.load(calibration)
     if calibration is not None:
-        _check_fit(calibration, decoder)
+        _check_fit(calibration, decoder.n_layers)
     if exit_layers is None:
-        exit_layers = (
-            calibration.exit_layers
-            if calibration is not None
-            else getattr(decoder.config, "exit_layers", None)
-            or exits.quarter_points(decoder.n_layers)
-        )
-    normalised = exits.normalise(exit_layers, decoder.n_layers)
+        exit_layers = getattr(decoder.config, "exit_layers", None)
+        if calibration is not None:
+            exit_layers = calibration.exit_layers
+    normalised = exits.normalise(
+        exit_layers or exits.quarter_points(decoder.n_layers), decoder.n_layers
+    )
     probe(model, decoder)
     setattr(model, _STATE, State(decoder, normalised, calibration, queue_cap))
+    if calibration is not None:
+        _compare_fingerprint(calibration, model)
     if not isinstance(model, AdaptiveMixin):
         model.__class__ = _adaptive_class(type(model))
     for name in FIELDS:
@@ -245,11 +251,23 @@ def wrap(
     return model
 
 
-def _check_fit(calibration: artefact.Calibration, decoder: Decoder) -> None:
-    if calibration.n_layers != decoder.n_layers:
+def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:
+    if calibration.n_layers != n_layers:
         raise CalibrationError(
             f"the calibration is of a model with {calibration.n_layers} layers; this one has "
-            f"{decoder.n_layers}. Run `calibrate run` for this model."
+            f"{n_layers}. Run `calibrate run` for this model."
+        )
+
+
+def _compare_fingerprint(calibration: artefact.Calibration, model: Any) -> None:
+    """Say, once, what the calibration was made on if that is not what it is used on."""
+    here = artefact.fingerprint(model)
+    made = calibration.fingerprint
+    differing = [key for key, value in here.items() if made.get(key) not in (None, value)]
+    if differing:
+        state(model).tell_once(
+            f"the calibration was made on another {' and '.join(differing)}: its agreement and "
+            "speed are not promised here. Run `calibrate run` to have them measured."
         )
 
 
@@ -266,7 +284,7 @@ def state(model: Any) -> State:
 def load(
     path: str | os.PathLike[str] | None = None,
     exit_layers: Iterable[int] | None = None,
-    calibration: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | Literal[False] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load and wrap a model with its tokenizer.
@@ -274,7 +292,8 @@ def load(
     Args:
         path: a checkpoint directory or hub id; None is the built-in model.
         exit_layers: see `wrap`.
-        calibration: path of an artefact; default `calibration.json` in the checkpoint directory.
+        calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
+            False is none.
         **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
 
     Returns:
@@ -294,8 +313,8 @@ def load(
     looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
     if not directory.is_dir() and looks_local:
         raise ModelError(
-            f"there is no model directory {directory}. Give one that holds config.json, weights and "
-            "a tokenizer, or leave it out for the built-in model."
+            f"there is no model directory {directory}. Give one that holds config.json, weights "
+            "and a tokenizer, or leave it out for the built-in model."
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
@@ -308,4 +327,4 @@ def load(
         ) from error
     if calibration is None and (directory / artefact.FILE_NAME).is_file():
         calibration = directory
-    return wrap(model, exit_layers, calibration), tokenizer
+    return wrap(model, exit_layers, calibration or None), tokenizer

@@ -131,7 +131,9 @@ def _operating_point(
     target = given["target_speedup"]
     if target is not None:
         if not isinstance(target, int | float) or isinstance(target, bool) or not target >= 1:
-            raise OptionError(f"target_speedup={target!r} is not a number of 1 or more, such as 1.5.")
+            raise OptionError(
+                f"target_speedup={target!r} is not a number of 1 or more, such as 1.5."
+            )
         if calibration is None:
             raise CalibrationError(
                 f"target_speedup={target:g} needs a calibration and this model has none. "

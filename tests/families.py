@@ -65,7 +65,7 @@ def make(family: str, dtype=torch.float32, seed=0, **config):
     # Configurations may name an end of text of their own; these tests want every token.
     model.generation_config.eos_token_id = None
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Gains of 1 and biases of 0 would hide a norm or bias that is left out.
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))

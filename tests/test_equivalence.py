@@ -122,9 +122,7 @@ def full_forward_cache(model, ids):
 def assert_same_cache(cache, expected, tolerance):
     assert cache.lengths == expected.lengths
     for layer in range(len(cache.lengths)):
-        for ours, theirs in zip(
-            cache.keys_values(layer), expected.keys_values(layer), strict=True
-        ):
+        for ours, theirs in zip(cache.keys_values(layer), expected.keys_values(layer), strict=True):
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
 

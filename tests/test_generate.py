@@ -131,7 +131,9 @@ def test_the_report_adds_up(model):
 def test_left_padding_of_one_row_is_stripped(model):
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], dim=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
-    out = model.generate(padded, attention_mask=mask, adaptive=True, threshold=0.4, max_new_tokens=9)
+    out = model.generate(
+        padded, attention_mask=mask, adaptive=True, threshold=0.4, max_new_tokens=9
+    )
     plain = model.generate(PROMPT, adaptive=True, threshold=0.4, max_new_tokens=9)
     assert torch.equal(out[:, 3:], plain)
 
@@ -223,9 +225,7 @@ def test_a_target_speedup_needs_a_calibration(model):
 def test_holes_in_the_attention_mask_are_refused(model):
     mask = torch.tensor([[1, 0, 1, 1]])
     with pytest.raises(OptionError, match="holes"):
-        model.generate(
-            PROMPT, attention_mask=mask, adaptive=True, threshold=0.5, max_new_tokens=4
-        )
+        model.generate(PROMPT, attention_mask=mask, adaptive=True, threshold=0.5, max_new_tokens=4)
 
 
 def test_without_threshold_or_calibration_the_default_is_told_once(model, caplog):

@@ -1,8 +1,8 @@
 """A key/value cache whose layers may hold different numbers of tokens.
 
 Axes: `batch` (1), `kv_heads`, `time`, `head_dim`. A token that left early has keys and values in
-the shallow layers only; it gets the deep ones when it is caught up or propagated. Tokens reach every
-layer in text order, so a layer's length is also the position its next token takes.
+the shallow layers only; it gets the deep ones when it is caught up or propagated. Tokens reach
+every layer in text order, so a layer's length is also the position its next token takes.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ class KVCache:
         return keys[:, :, :length], values[:, :, :length]
 
     def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on; layers that are shorter stay as they are."""
+        """Forget every token from position `length` on; shorter layers stay as they are."""
         self.lengths = [min(held, length) for held in self.lengths]
 
 
@@ -99,4 +99,3 @@ class StoreOnly:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by one layer."""
         return self._cache.get_seq_length(layer_idx)
-

@@ -83,7 +83,8 @@ class Positions:
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self._rotary_by_type:
             return {kind: self._rotary(hidden, ids, kind) for kind in self.types}
-        return dict.fromkeys(self.types, self._rotary(hidden, ids))
+        embedding = self._rotary(hidden, ids)
+        return {kind: embedding for kind in self.types}
 
     def _grown_table(self, hidden: Tensor, length: int) -> Block:
         """Rotary embeddings of all positions up to `length` and some more, computed once."""

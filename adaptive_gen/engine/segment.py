@@ -57,6 +57,5 @@ def module_segments(decoder: Decoder, exit_layers: Sequence[int]) -> list[Segmen
     """One `ModuleSegment` before each of the ascending `exit_layers`."""
     starts = [0, *exit_layers[:-1]]
     return [
-        ModuleSegment(decoder, start, stop)
-        for start, stop in zip(starts, exit_layers, strict=True)
+        ModuleSegment(decoder, start, stop) for start, stop in zip(starts, exit_layers, strict=True)
     ]

@@ -1,0 +1,78 @@
+"""Exit policies: values that decide from (exit layer, confidence, position)."""
+
+import math
+
+import pytest
+
+from adaptive_gen import (
+    DecayingThreshold,
+    ExitPolicy,
+    FixedExit,
+    MinimumExit,
+    NeverExit,
+    ThresholdPolicy,
+)
+
+EXITS = (2, 4, 6)
+
+
+def first_exit(policy, confidences, position=0):
+    """The exit layer a token with these confidences leaves at; None is full depth."""
+    for layer, confidence in zip(EXITS, confidences, strict=True):
+        if policy.may_exit(layer, position) and policy.should_exit(layer, confidence, position):
+            return layer
+    return None
+
+
+def test_the_first_exit_that_reaches_its_threshold_is_taken():
+    policy = ThresholdPolicy({2: 0.9, 4: 0.5, 6: 0.5})
+    assert first_exit(policy, (0.95, 0.99, 0.99)) == 2
+    assert first_exit(policy, (0.9, 0.0, 0.0)) == 2
+    assert first_exit(policy, (0.8, 0.6, 0.0)) == 4
+    assert first_exit(policy, (0.8, 0.4, 0.49)) is None
+
+
+def test_a_threshold_of_one_is_full_depth_even_for_certainty():
+    policy = ThresholdPolicy(dict.fromkeys(EXITS, 1.0))
+    assert first_exit(policy, (1.0, 1.0, 1.0)) is None
+    assert not any(policy.may_exit(layer, 0) for layer in EXITS)
+
+
+def test_a_threshold_of_zero_takes_the_first_exit():
+    assert first_exit(ThresholdPolicy(dict.fromkeys(EXITS, 0.0)), (0.0, 0.0, 0.0)) == 2
+
+
+def test_an_exit_without_threshold_is_not_taken():
+    assert first_exit(ThresholdPolicy({4: 0.1}), (1.0, 0.2, 1.0)) == 4
+
+
+def test_never_and_fixed():
+    assert first_exit(NeverExit(), (1.0, 1.0, 1.0)) is None
+    assert first_exit(FixedExit(4), (1.0, 0.0, 1.0)) == 4
+
+
+def test_the_decaying_threshold_is_calms():
+    policy = DecayingThreshold({2: 0.8}, horizon=100)
+    for position in (0, 1, 50, 400):
+        expected = min(1.0, 0.9 * 0.8 + 0.1 * math.exp(-4 * position / 100))
+        assert policy.at(2, position) == pytest.approx(expected)
+    assert policy.should_exit(2, 0.75, 99) and not policy.should_exit(2, 0.75, 0)
+    assert DecayingThreshold({2: 1.0}, horizon=100).may_exit(2, 10_000) is False
+
+
+def test_the_minimum_exit_holds_another_policy_back():
+    policy = MinimumExit(ThresholdPolicy(dict.fromkeys(EXITS, 0.0)), 4)
+    assert first_exit(policy, (1.0, 1.0, 1.0)) == 4
+
+
+def test_ten_lines_of_your_own_are_a_policy():
+    class Even:
+        def may_exit(self, exit_layer, position):
+            return position % 2 == 0
+
+        def should_exit(self, exit_layer, confidence, position):
+            return confidence > 0.5
+
+    assert isinstance(Even(), ExitPolicy)
+    assert not isinstance(object(), ExitPolicy)
+    assert first_exit(Even(), (0.6, 0.0, 0.0)) == 2
