@@ -7,6 +7,7 @@ in [0, 1], higher = surer, and is invariant to adding a constant to the logits.
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 DEFAULT = "margin"
@@ -17,23 +18,18 @@ def margin(logits: Tensor) -> Tensor:
 
     The default: of the three it separates best the tokens that full depth would choose too.
     """
-    logits = logits.float()
-    top2 = logits.topk(2, dim=-1).values  # [..., 2]
-    probability = (top2 - logits.logsumexp(-1, keepdim=True)).exp()
-    return (probability[..., 0] - probability[..., 1]).clamp(0, 1)
+    top2 = logits.float().softmax(-1).topk(2, dim=-1).values  # [..., 2]
+    return top2[..., 0] - top2[..., 1]
 
 
 def max_prob(logits: Tensor) -> Tensor:
     """Probability of the likeliest token (CALM's softmax response); at least 1 / vocab."""
-    logits = logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp().clamp(0, 1)
+    return logits.float().softmax(-1).amax(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """One minus the entropy as a share of log(vocab), its largest value; 0 when uniform."""
-    log_p = logits.float().log_softmax(-1)
-    # A token ruled out with -inf has probability 0 and adds nothing; 0 * -inf would be nan.
-    nats = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
+    nats = torch.special.entr(logits.float().softmax(-1)).sum(-1)
     return (1 - nats / math.log(logits.shape[-1])).clamp(0, 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .engine.cache import KVCache, StoreOnly
 from .engine.positions import Positions
 from .errors import ModelError
+from .head import Head
 
 
 class Decoder:
@@ -26,10 +27,8 @@ class Decoder:
         """
         name = type(model).__name__
         base: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        has_head = hasattr(model, "get_output_embeddings")
-        head: Any = model.get_output_embeddings() if has_head else None
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")
-        missing = [p for p in parts if not hasattr(base, p)] + ["lm_head"] * (head is None)
+        missing = [p for p in parts if not hasattr(base, p)]
         if missing:
             raise ModelError(
                 f"{name} has no {', '.join(missing)}; adaptive depth needs a causal LM with "
@@ -41,12 +40,9 @@ class Decoder:
         self.n_layers = len(self.layers)
         if self.n_layers < 2:
             raise ModelError(f"{name} has 1 layer; adaptive depth needs at least 2.")
-        self._embed_tokens, self._norm, self._head = base.embed_tokens, base.norm, head
+        self._embed_tokens, self._norm, self._head = base.embed_tokens, base.norm, Head(model)
         self.positions = Positions(base, config, self.n_layers)
         self._embedding_scale = getattr(base, "embedding_multiplier", None)
-        self._logit_divisor = getattr(config, "logits_scaling", None)
-        self._logit_factor = getattr(model, "logit_scale", None)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [batch, time] -> hidden states [batch, time, hidden] before the first layer."""
@@ -104,14 +100,7 @@ class Decoder:
         Returns:
             [..., vocab] with the model's own logit scale and soft-capping applied.
         """
-        logits = self._head(self._norm(hidden))
-        if self._logit_factor is not None:
-            logits = logits * self._logit_factor
-        if self._logit_divisor is not None:
-            logits = logits / self._logit_divisor
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return self._head(self._norm(hidden))
 
     @torch.no_grad()
     def readouts(self, ids: Tensor, exit_layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,48 @@
+"""The LM head and what its family does to the logits: generation and training share it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+
+class Head:
+    """Normed hidden states [..., hidden] -> logits [..., vocab], as the model's own forward gives.
+
+    Cohere multiplies the logits, Granite divides them, Gemma 2 caps them softly.
+    """
+
+    def __init__(self, model: Any):
+        """Find the head of a causal LM; raise `ModelError` if it has none."""
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no LM head; give a causal LM.")
+        config = model.config.get_text_config()
+        self.linear: Any = head
+        self.factor: float | None = getattr(config, "logit_scale", None)
+        self.divisor: float | None = getattr(config, "logits_scaling", None)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are one matrix product, which `F.linear_cross_entropy` fuses."""
+        return (
+            type(self.linear) is nn.Linear
+            and self.linear.bias is None
+            and self.factor is None
+            and self.divisor in (None, 1.0)
+            and self.softcap is None
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states that have passed the final norm."""
+        logits = self.linear(hidden)
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
