@@ -1,0 +1,266 @@
+"""The `adaptive-gen` command: chat, generate, info and bench.
+
+Options are checked by `options`, text is shown by `ui`, and the work is done by the library. Torch
+and transformers are imported inside the commands: `--help` and wrong options answer at once.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, options, ui
+from .errors import OptionError
+from .terminal import run_app
+
+MAX_NEW_TOKENS = 256
+
+app = typer.Typer(
+    help="Generate text with few layers for easy tokens and many for hard ones.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        ui.text(f"adaptive-gen {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _before_the_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def chat(
+    model: options.Model = None,
+    threshold: options.Threshold = None,
+    target_speedup: options.TargetSpeedup = None,
+    calibration: options.CalibrationFile = None,
+    max_new_tokens: options.MaxNewTokens = MAX_NEW_TOKENS,
+    temperature: options.Temperature = None,
+) -> None:
+    """Talk to a model. Ctrl-C ends a reply, Ctrl-D the chat; a pipe is read line by line."""
+    depth = options.dial(threshold, target_speedup)
+    decoding = options.decoding(max_new_tokens, temperature)
+    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    from .conversation import Conversation
+    from .settings import state
+
+    context = getattr(state(loaded).decoder.config, "max_position_embeddings", None)
+    limit = None if context is None else context - max_new_tokens
+    conversation = Conversation(tokenizer, limit)
+    for line in ui.lines():
+        if line.strip():
+            tokens, _ = _reply(loaded, tokenizer, conversation.ask(line), depth, decoding)
+            conversation.reply(tokens)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; default: a pipe.")
+    ] = None,
+    model: options.ModelOption = None,
+    threshold: options.Threshold = None,
+    target_speedup: options.TargetSpeedup = None,
+    calibration: options.CalibrationFile = None,
+    max_new_tokens: options.MaxNewTokens = MAX_NEW_TOKENS,
+    temperature: options.Temperature = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue one text: the answer on stdout, what it cost on stderr."""
+    depth = options.dial(threshold, target_speedup)
+    decoding = options.decoding(max_new_tokens, temperature)
+    prompt = _read_pipe() if prompt is None else prompt
+    if not prompt:
+        raise OptionError("the prompt is empty; give it at least one word.")
+    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    if not as_json:
+        _, whole = _reply(loaded, tokenizer, prompt, depth, decoding)
+        raise typer.Exit(0 if whole else 130)
+    from .streaming import stream
+
+    chunks = stream(loaded, tokenizer, prompt, **depth, **decoding)
+    tokens = [
+        {
+            "token": chunk.token,
+            "text": chunk.text,
+            "exit_layer": chunk.exit_layer,
+            # Full depth decides unasked: its confidence is nan, which JSON does not have.
+            "confidence": None if math.isnan(chunk.confidence) else chunk.confidence,
+        }
+        for chunk in chunks
+    ]
+    ui.document(
+        {
+            "prompt": prompt,
+            "text": "".join(token["text"] for token in tokens),
+            "tokens_per_s": chunks.report.tokens_per_s,
+            **dataclasses.asdict(chunks.report),
+            "tokens": tokens,
+        }
+    )
+
+
+@app.command()
+def info(
+    model: options.Model = None,
+    calibration: options.CalibrationFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show a model's layers, exits and calibration."""
+    loaded, _ = options.load_model(model, calibration=calibration)
+    from .description import describe
+
+    facts = describe(loaded)
+    if as_json:
+        ui.document({"model": model, **facts})
+        return
+    points = facts.pop("points")
+    ui.table(model or options.BUILT_IN, ("", ""), facts.items())
+    if points:
+        ui.table("operating points", list(points[0]), (point.values() for point in points))
+
+
+@app.command()
+def bench(
+    model: options.Model = None,
+    threshold: options.Threshold = None,
+    target_speedup: options.TargetSpeedup = None,
+    calibration: options.CalibrationFile = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a line, text or JSON; default: 24 of ours."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest text, in tokens.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs over all prompts; medians count.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the gain over full depth and over transformers."""
+    depth = options.dial(threshold, target_speedup)
+    options.at_least_one("--max-new-tokens", max_new_tokens)
+    options.at_least_one("--rounds", rounds)
+    from .prompts import bench_prompts, read
+
+    texts = bench_prompts() if prompts is None else read(prompts)
+    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    from .bench import MAX_NEW_TOKENS, ROUNDS, compare
+
+    found = compare(
+        loaded,
+        tokenizer,
+        texts,
+        settings=depth,
+        max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+        rounds=rounds or ROUNDS,
+    ).as_dict()
+    _show_comparison(model or options.BUILT_IN, found)
+    if as_json:
+        ui.document({"model": model, **found})
+
+
+def _show_comparison(name: str, found: dict[str, Any]) -> None:
+    """The three arms as a table, the gains beneath it."""
+    recipe, n_layers = found["recipe"], found["n_layers"]
+    depth = {"adaptive": found["mean_depth"]}
+    agreement = {"full_depth": found["agreement_full_depth"], "adaptive": found["agreement"]}
+    ui.table(
+        f"{name}: {recipe['prompts']} prompts, up to {recipe['max_new_tokens']} new tokens, "
+        f"{recipe['rounds']} rounds, {recipe['hardware']}, {recipe['dtype']}",
+        ("", "tok/s", "decode tok/s", "mean_depth", "agreement"),
+        (
+            (
+                arm,
+                speed,
+                found["decode_tokens_per_s"].get(arm),
+                depth.get(arm, float(n_layers)),
+                agreement.get(arm),
+            )
+            for arm, speed in found["tokens_per_s"].items()
+        ),
+    )
+    low, high = found["wall_speedup_interval"]
+    static = found["static_truncation"]
+    ui.text(
+        f"wall_speedup {found['wall_speedup']:.2f}x over full depth (95 % interval {low:.2f} to "
+        f"{high:.2f}), {found['speedup_over_transformers']:.2f}x over transformers; "
+        f"layer_speedup {found['layer_speedup']:.2f}x\n"
+        f"all tokens at exit layer {static['exit_layer']} would have agreement "
+        f"{static['agreement']:.3f}"
+    )
+
+
+def _read_pipe() -> str:
+    if sys.stdin.isatty():
+        raise OptionError(
+            'there is no prompt. Give one, `adaptive-gen generate "Once upon a time"`, '
+            "or pipe a text in."
+        )
+    return sys.stdin.read().rstrip("\n")
+
+
+def _reply(
+    model: Any, tokenizer: Any, prompt: Any, depth: dict[str, float], decoding: dict[str, Any]
+) -> tuple[list[int], bool]:
+    """Show a reply while it is decoded, then what it cost.
+
+    Returns:
+        The tokens, and whether it is whole: Ctrl-C ends a reply.
+    """
+    from .streaming import stream
+
+    chunks = stream(model, tokenizer, prompt, **depth, **decoding)
+    tokens, whole = [], True
+    n_layers = chunks.report.n_layers
+    try:
+        for chunk in chunks:
+            tokens.append(chunk.token)
+            ui.token(chunk.text, chunk.exit_layer / n_layers)
+    except KeyboardInterrupt:
+        chunks.close()
+        whole = False
+    ui.text("")
+    report = chunks.report
+    ui.footer(
+        report.new_tokens,
+        report.tokens_per_s,
+        report.mean_depth,
+        n_layers,
+        _calibrated_speedup(model, **depth),
+    )
+    return tokens, whole
+
+
+def _calibrated_speedup(
+    model: Any, threshold: float | None = None, target_speedup: float | None = None
+) -> float | None:
+    """What `calibrate` measured for the operating point in use, if one is."""
+    from .settings import state
+
+    calibration = state(model).calibration
+    if calibration is None or threshold is not None:
+        return None
+    if target_speedup is None:
+        return calibration.point.wall_speedup
+    return calibration.for_speedup(target_speedup).wall_speedup
+
+
+def main() -> None:
+    """Run the command line."""
+    run_app(app, "adaptive-gen")

@@ -1,0 +1,104 @@
+"""Options that several commands share, and their checks, made before a model is loaded."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import OptionError
+
+BUILT_IN = "the built-in model"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"Directory or hub id; default: {BUILT_IN}."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help=f"Directory or hub id; default: {BUILT_IN}."
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(metavar="0..1", help="Smallest confidence that exits; 1 is full depth."),
+]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Take the threshold from the calibration: X times as fast."),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Use this calibration.json, not the model's own."),
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest reply, in tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="0 is greedy, above 0 samples; default: as the model says."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document, the last line of stdout.")]
+
+
+def dial(threshold: float | None, target_speedup: float | None) -> dict[str, float]:
+    """The one choice of depth, as a keyword of `generate`; empty if nothing was said.
+
+    Raises:
+        OptionError: both were given, or one is out of range.
+    """
+    if threshold is not None and target_speedup is not None:
+        raise OptionError(
+            "--threshold and --target-speedup both decide when to exit; give one of them."
+        )
+    if threshold is not None:
+        if not 0 <= threshold <= 1:
+            raise OptionError(
+                f"--threshold {threshold:g} is out of range; give 0 (always the first exit) "
+                "to 1 (full depth)."
+            )
+        return {"threshold": threshold}
+    if target_speedup is not None:
+        if not 1 <= target_speedup < math.inf:
+            raise OptionError(
+                f"--target-speedup {target_speedup:g} is out of range; give 1 or more, such as 1.5."
+            )
+        return {"target_speedup": target_speedup}
+    return {}
+
+
+def decoding(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """Length and sampling as keywords of `generate`.
+
+    Raises:
+        OptionError: out of range.
+    """
+    at_least_one("--max-new-tokens", max_new_tokens)
+    if temperature is None:
+        return {"max_new_tokens": max_new_tokens}
+    if not 0 <= temperature < math.inf:
+        raise OptionError(
+            f"--temperature {temperature:g} is out of range; give 0 for greedy, or more to sample."
+        )
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}
+
+
+def at_least_one(option: str, value: int | None) -> None:
+    """Raise `OptionError` unless the count is positive or was not given."""
+    if value is not None and value < 1:
+        raise OptionError(f"{option} {value} is out of range; give 1 or more.")
+
+
+def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
+    """The wrapped model and its tokenizer, on a GPU where there is one; see `adaptive_gen.load`."""
+    import torch
+    from transformers.utils import logging
+
+    from .wrapping import load
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    placed: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    return load(model, **placed, **keywords)
