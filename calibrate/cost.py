@@ -1,0 +1,45 @@
+"""The cost model: seconds as a sum over what the engine does.
+
+    seconds = texts * a + tokens * b + layer calls * c + extra rows * d + readouts * e + ...
+
+Layers of one model cost alike, and rows that ride along in a block cost a fraction of a call. The
+constants are fitted to a few seconds of real decoding on this device (profile.py).
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from .schedule import Work
+
+TERMS = tuple(field.name for field in fields(Work))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds per unit of each term of `Work`."""
+
+    seconds: dict[str, float]
+    residual: float  # largest relative error on the runs it was fitted to
+
+    def time(self, work: Work) -> NDArray[np.float64]:
+        """Predicted seconds, [settings]."""
+        return work.table @ np.array([self.seconds[term] for term in TERMS])
+
+
+def fit(works: list[Work], decode_s: NDArray, prefill_s: float) -> Cost:
+    """Fit the constants, none below zero, to relative errors.
+
+    Args:
+        works: what each profiled run did, one setting each.
+        decode_s: [runs] seconds of each, prefill left out.
+        prefill_s: seconds of a `generate` call besides decoding.
+    """
+    table = np.concatenate([work.table for work in works]).astype(float)  # [runs, terms]
+    table[:, TERMS.index("texts")] = 0
+    solution, _ = nnls(table / decode_s[:, None], np.ones(len(works)))
+    residual = float(np.abs(table @ solution / decode_s - 1).max())
+    solution[TERMS.index("texts")] = prefill_s
+    return Cost(dict(zip(TERMS, map(float, solution), strict=True)), residual)

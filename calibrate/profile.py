@@ -1,0 +1,109 @@
+"""Profiling: seconds of scripted decoding, to learn what layers, rows and readouts cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from adaptive_gen.paired import generate
+from adaptive_gen.settings import state
+from adaptive_gen.ui import progress
+
+from .cost import Cost, fit
+from .schedule import Work, replay
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """An exit policy that ignores confidence: every token leaves where the script says.
+
+    What a token costs does not depend on what it says, so a script can visit every kind of work.
+    """
+
+    depths: Sequence[int]  # by position: the exit layer to leave at
+    asks: frozenset[int]  # exit layers that are read out on the way
+
+    def may_exit(self, exit_layer: int, position: int) -> bool:
+        """Whether a readout is computed."""
+        return exit_layer in self.asks
+
+    def should_exit(self, exit_layer: int, confidence: float, position: int) -> bool:
+        """Whether the script names this exit."""
+        return self.depths[position] == exit_layer
+
+
+def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scripted]:
+    """Scripts that tell the terms of the cost model apart.
+
+    Full depth with no readout on the way and with all of them, every exit alone, and mixtures.
+    """
+    below, full = exit_layers[:-1], exit_layers[-1]
+    draw = np.random.default_rng(seed)
+    found = [Scripted([full] * tokens, frozenset(asks)) for asks in ((), below)]
+    found += [Scripted([exit_layer] * tokens, frozenset([exit_layer])) for exit_layer in below]
+    for share in (0.3, 0.7):
+        depths = np.where(draw.random(tokens) < share, draw.choice(below, tokens), full)
+        found.append(Scripted(depths.tolist(), frozenset(below)))
+    return found
+
+
+def work(script: Scripted, exit_layers: tuple[int, ...], kv: str, queue_cap: int) -> Work:
+    """What the engine does when it follows a script over one text."""
+    below = np.array(exit_layers[:-1])
+    leaves = np.array(script.depths)[None, :, None, None] == below[:, None]
+    return replay(
+        exit_layers,
+        lengths=np.array([len(script.depths)]),
+        agrees=np.ones(leaves.shape[:3], dtype=bool),
+        leaves=leaves,
+        checked=np.isin(below, list(script.asks))[:, None],
+        kv=kv,
+        queue_cap=queue_cap,
+    ).work
+
+
+def profile(
+    model: Any,
+    prompts: Sequence[Tensor],
+    exit_layers: tuple[int, ...],
+    *,
+    kv: str,
+    measure: str,
+    tokens: int,
+) -> Cost:
+    """Time the scripts, taking turns, and fit the cost model to their medians.
+
+    Args:
+        model: wrapped.
+        prompts: token ids; each round uses the next one.
+        exit_layers: ascending; the last is full depth.
+        kv: "recompute" or "propagate".
+        measure: the confidence that every readout computes.
+        tokens: new tokens of every run.
+    """
+    found = scripts(exit_layers, tokens)
+    decode_s = np.zeros((len(found), ROUNDS))
+    prefill_s = np.zeros_like(decode_s)
+    # Round -1 warms up; the last round overwrites its column.
+    rounds = range(-1, ROUNDS)
+    for turn in progress(rounds, "timing layers", total=len(rounds)):
+        for i, script in enumerate(found):
+            out, seconds = generate(
+                model,
+                prompts[turn % len(prompts)],
+                adaptive=True,
+                policy=script,
+                exit_layers=list(exit_layers),
+                confidence=measure,
+                kv=kv,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+            )
+            decode_s[i, turn] = out.report.decode_s
+            prefill_s[i, turn] = seconds - out.report.decode_s
+    works = [work(script, exit_layers, kv, state(model).queue_cap) for script in found]
+    return fit(works, np.median(decode_s, axis=1), float(np.median(prefill_s)))

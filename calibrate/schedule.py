@@ -1,0 +1,163 @@
+"""What the engine would do with traced tokens, for many settings at once and without running it.
+
+A replay of the scheduler's queues (adaptive_gen/engine/scheduler.py): who leaves where, which
+segments run on how many rows, how many readouts are made. Exact as long as the texts are the traced
+ones; the tests hold it against the scheduler itself.
+
+Axes: `texts`, `time`, `settings`; `exits` below full depth.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of what costs time, [settings] each; the fields are the terms of the cost model."""
+
+    texts: NDArray  # prefills
+    tokens: NDArray  # decoding steps; the first new token of a text belongs to its prefill
+    layers: NDArray  # layer calls, whatever the rows
+    rows: NDArray  # rows beyond the first, summed over the layer calls
+    readouts: NDArray  # norm + LM head + confidence
+    stores: NDArray  # layer calls that only store keys and values
+    stored: NDArray  # rows of those
+
+    @property
+    def table(self) -> NDArray:
+        """All counts side by side, [settings, terms]."""
+        return np.stack([getattr(self, f.name) for f in fields(self)], axis=-1)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The outcome of every setting, [settings] each."""
+
+    tokens: int  # new tokens, first ones included
+    mean_depth: NDArray
+    agreement: NDArray
+    work: Work
+
+
+def replay(
+    exit_layers: tuple[int, ...],
+    lengths: NDArray,
+    agrees: NDArray,
+    leaves: NDArray,
+    checked: NDArray,
+    kv: str,
+    queue_cap: int,
+) -> Replay:
+    """Run the queues over traced texts.
+
+    Args:
+        exit_layers: ascending; the last is full depth.
+        lengths: [texts], new tokens of each.
+        agrees: [texts, time, exits], the exit's choice is full depth's.
+        leaves: [texts, time, exits, settings], the token would leave if it were asked there.
+        checked: [exits, settings], the exit is asked at all.
+        kv: "recompute" or "propagate".
+        queue_cap: most tokens that wait in front of a segment.
+    """
+    queues = _Queues(exit_layers, len(lengths), checked, kv, queue_cap)
+    for time in range(1, int(lengths.max(initial=1))):
+        real = np.flatnonzero(time < lengths)
+        queues.step(real, leaves[real, time], agrees[real, time])
+    return queues.outcome(lengths)
+
+
+class _Queues:
+    """The waiting rows of every text under every setting, and the work done so far."""
+
+    def __init__(
+        self,
+        exit_layers: tuple[int, ...],
+        texts: int,
+        checked: NDArray,
+        kv: str,
+        queue_cap: int,
+    ):
+        self.exit_layers, self.checked, self.kv, self.cap = exit_layers, checked, kv, queue_cap
+        self.sizes = np.diff(exit_layers, prepend=0)  # layers per segment
+        settings = checked.shape[1]
+        self.waiting = np.zeros((len(exit_layers), texts, settings), dtype=np.int64)
+        self.depth, self.agreed, self.layers, self.rows, self.readouts, self.stores, self.stored = (
+            np.zeros(settings, dtype=np.int64) for _ in range(7)
+        )
+
+    def step(self, texts: NDArray, leaves: NDArray, agrees: NDArray) -> None:
+        """Decode one token of each of `texts`.
+
+        Args:
+            texts: [n] rows that have this token.
+            leaves: [n, exits, settings].
+            agrees: [n, exits].
+        """
+        waiting = self.waiting[:, texts]  # a copy, written back below
+        going = np.ones(waiting.shape[1:], dtype=bool)
+        waiting[0] += 1
+        last = len(self.exit_layers) - 1
+        for s in range(last):
+            self._advance(waiting, s, going)
+            asked = going & self.checked[s]
+            if self.kv == "recompute":
+                asked &= waiting[s + 1] <= self.cap
+            self.readouts += asked.sum(0)
+            left = asked & leaves[:, s]
+            self.depth += left.sum(0) * self.exit_layers[s]
+            self.agreed += (left & agrees[:, s, None]).sum(0)
+            if self.kv == "propagate":
+                self._spill(waiting, s + 1, left)
+            going = going & ~left
+        self._advance(waiting, last, going)
+        self.readouts += going.sum(0)
+        self.depth += going.sum(0) * self.exit_layers[-1]
+        self.agreed += going.sum(0)
+        self.waiting[:, texts] = waiting
+
+    def _advance(self, waiting: NDArray, s: int, going: NDArray) -> None:
+        """Run segment `s` where a token goes on, on all that waits there."""
+        block = np.where(going, waiting[s], 0)
+        older = np.maximum(block - 1, 0)
+        self.layers += going.sum(0) * self.sizes[s]
+        if self.kv == "recompute":
+            self.rows += older.sum(0) * self.sizes[s]
+        else:
+            self.stores += (older > 0).sum(0) * self.sizes[s]
+            self.stored += older.sum(0) * self.sizes[s]
+        waiting[s] -= block
+        if s + 1 < len(waiting):
+            waiting[s + 1] += block
+
+    def _spill(self, waiting: NDArray, s: int, left: NDArray) -> None:
+        """Propagate a queue that a leaving token has overfilled, and the ones that overfills."""
+        while s < len(waiting) and left.any():
+            left = left & (waiting[s] > self.cap)
+            block = np.where(left, waiting[s], 0)
+            self.stores += left.sum(0) * self.sizes[s]
+            self.stored += block.sum(0) * self.sizes[s]
+            waiting[s] -= block
+            if s + 1 < len(waiting):
+                waiting[s + 1] += block
+            s += 1
+
+    def outcome(self, lengths: NDArray) -> Replay:
+        texts, tokens = len(lengths), int(lengths.sum())
+        one = np.ones_like(self.depth)
+        # The prompt runs at full depth, and so does the new token it ends with.
+        return Replay(
+            tokens=tokens,
+            mean_depth=(self.depth + texts * self.exit_layers[-1]) / tokens,
+            agreement=(self.agreed + texts) / tokens,
+            work=Work(
+                texts=one * texts,
+                tokens=one * (tokens - texts),
+                layers=self.layers,
+                rows=self.rows,
+                readouts=self.readouts,
+                stores=self.stores,
+                stored=self.stored,
+            ),
+        )

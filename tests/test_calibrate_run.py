@@ -1,0 +1,214 @@
+"""`calibrate` from end to end on a tiny model, and what it says when it cannot."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import adaptive_gen
+from adaptive_gen import calibration as artefact
+from adaptive_gen.calibrate import cli, collect, prompts
+from adaptive_gen.calibrate.run import Options, run
+from adaptive_gen.calibrate.search import Target
+from adaptive_gen.confidence import MEASURES
+from adaptive_gen.errors import DataError, ModelError, Unreachable
+from adaptive_gen.prompts import read
+from adaptive_gen.settings import state
+
+TEXTS = [f"prompt number {i}" for i in range(8)]
+QUICK = Options(max_new_tokens=4, rounds=1)
+UNREACHABLE = ["--max-new-tokens", "4", "--target-speedup", "1e6"]
+LOOSE = Target("disagreement", 1.0)
+
+
+@pytest.fixture
+def model(tiny_llama):
+    # No end of text: every text has the same, known length.
+    return adaptive_gen.wrap(tiny_llama(layers=4, eos_token_id=None), exit_layers=[1, 2, 3])
+
+
+@pytest.fixture
+def model_dir(tiny_llama, byte_tokenizer, tmp_path):
+    path = tmp_path / "model"
+    tiny_llama(layers=4).save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(TEXTS))
+    return path
+
+
+@pytest.fixture
+def calibrate(monkeypatch, capsys):
+    """Run the command line; return exit code, stdout and stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def test_a_trace_is_what_each_exit_says_along_the_full_depth_text(model):
+    ids = torch.tensor([[10, 20, 30]])
+    trace = collect.collect(model, [ids, ids[:, :2]], (1, 2, 3, 4), max_new_tokens=5)
+    assert trace.lengths.tolist() == [5, 5]
+    text = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert text.shape == (1, 8)
+    hidden = model(text, output_hidden_states=True).hidden_states
+    for k in range(3):
+        logits = model.lm_head(model.model.norm(hidden[k + 1]))[0, 2:-1]
+        assert trace.agrees[0, :, k].tolist() == (logits.argmax(-1) == text[0, 3:]).tolist()
+        for name, measure in MEASURES.items():
+            expected = measure(logits).detach().numpy()
+            assert trace.confidence[name][0, :, k] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_calibration_survives_the_file_and_decides_generation(
+    model, tiny_llama, byte_tokenizer, tmp_path
+):
+    found = run(model, byte_tokenizer, TEXTS, LOOSE, QUICK)
+    artefact.save(found, tmp_path)
+    loaded = artefact.load(tmp_path)
+    assert loaded == found
+    assert set(loaded.maps) == set(MEASURES)
+    assert [p.speedup for p in loaded.points] == sorted(p.speedup for p in loaded.points)
+    assert all(p.wall_speedup and p.wall_speedup_interval for p in loaded.points)
+    assert loaded.point.tokens == 4 * 4, "four held-out prompts of four tokens"
+    assert state(model).calibration is found
+    other = adaptive_gen.wrap(tiny_llama(layers=4, eos_token_id=None), calibration=tmp_path)
+    ids = torch.tensor([[10, 20, 30]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    by_default = other.generate(ids, adaptive=True, **settings)
+    by_hand = other.generate(
+        ids,
+        adaptive=True,
+        threshold=loaded.point.threshold,
+        exit_layers=list(loaded.point.exit_layers),
+        **settings,
+    )
+    assert by_default.exit_layers.tolist() == by_hand.exit_layers.tolist()
+
+
+def test_the_seed_and_the_hash_decide_the_halves_not_the_order():
+    one, other = prompts.halves(TEXTS, seed=0), prompts.halves(TEXTS[::-1], seed=0)
+    assert one == other
+    assert sorted([*one[0], *one[1]]) == sorted(TEXTS)
+    assert prompts.halves(TEXTS, seed=1) != one
+
+
+def test_an_unreachable_speed_leaves_the_model_as_it_was(model, byte_tokenizer):
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        run(model, byte_tokenizer, TEXTS, Target("speedup", 1e6), QUICK)
+    assert state(model).calibration is None
+
+
+def test_a_model_without_exits_is_told_so(tiny_llama, byte_tokenizer):
+    model = adaptive_gen.wrap(tiny_llama(layers=2), exit_layers=[2])
+    with pytest.raises(ModelError, match="no exit below its 2 layers"):
+        run(model, byte_tokenizer, TEXTS, LOOSE, QUICK)
+
+
+def test_the_prompts_that_ship_are_many_and_different():
+    shipped = prompts.prompt_set(None)
+    assert len({json.dumps(p) for p in shipped}) == len(shipped) >= 100
+    assert {type(p) for p in shipped} == {str, list}
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', "line 3 holds no prompt"),
+        ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1 holds no prompt"),
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("p.txt", None, "No such file"),
+    ],
+)
+def test_a_broken_prompt_file_is_named_with_its_line(tmp_path, name, content, says):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=says) as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_run_then_show_on_the_command_line(calibrate, model_dir, prompt_file, tmp_path):
+    out = tmp_path / "new" / "dir"
+    # Whatever lies in the model directory must not keep it from being calibrated anew.
+    (model_dir / "calibration.json").write_text("{}")
+    options = ["--prompts", prompt_file, "--max-new-tokens", 4, "--exit-layers", "1,3"]
+    code, text, err = calibrate(
+        "run", model_dir, "--max-disagreement", 1, "--out", out, "--json", *options
+    )
+    assert code == 0, err
+    document = json.loads(text.splitlines()[-1])
+    assert document["points"] and document["recipe"]["quality"]
+    assert set(document["maps"]["margin"]) == {"1", "3"}
+    assert (
+        artefact.load(out).point.agreement == document["points"][document["default"]]["agreement"]
+    )
+    code, text, err = calibrate("show", out)
+    assert code == 0, err
+    assert "wall_speedup" in text and "*" in text
+    assert (model_dir / "calibration.json").read_text() == "{}", "only --out is written to"
+
+
+@pytest.mark.parametrize(
+    "args, says, code",
+    [
+        (["run", "{dir}/missing"], "no model directory", 2),
+        (["run", "{dir}/not_a_model"], "cannot be loaded as a causal LM", 2),
+        (["run", "{model}", "--target-speedup", "0.5"], "--target-speedup 0.5 is out of range", 2),
+        (["run", "{model}", "--target-speedup", "nan"], "--target-speedup nan is out of range", 2),
+        (["run", "{model}", "--max-disagreement", "1.5"], "--max-disagreement 1.5 is out of", 2),
+        (
+            ["run", "{model}", "--max-disagreement", "0.1", "--target-speedup", "2"],
+            "give one of them",
+            2,
+        ),
+        (["run", "{model}", "--confidence", "hope"], "--confidence 'hope' is unknown", 2),
+        (["run", "{model}", "--kv", "none"], "--kv 'none' is unknown", 2),
+        (["run", "{model}", "--max-new-tokens", "1"], "--max-new-tokens 1 is too few", 2),
+        (["run", "{model}", "--max-new-tokens", "600"], "the 512 this model can hold", 2),
+        (["run", "{model}", "--exit-layers", "2,9"], "exit layer 9 does not exist", 2),
+        (["run", "{model}", "--prompts", "{dir}/missing"], "No such file", 2),
+        (["run", "{model}", "--prompts", "{dir}/three"], "3 different prompts", 2),
+        (["run", "{model}", "--out", "{dir}/three"], "cannot write into", 2),
+        (["run", "{model}", "--out", "{dir}/three/below"], "cannot write into", 2),
+        (
+            ["run", "{model}", "--prompts", "{prompts}", *UNREACHABLE],
+            "--target-speedup 1e\\+06 cannot be reached",
+            1,
+        ),
+        (["show", "{dir}/missing"], "cannot read", 2),
+        (["show", "{model}"], "cannot read", 2),
+    ],
+)
+def test_a_wrong_input_is_one_line_and_writes_nothing(
+    calibrate, model_dir, prompt_file, tmp_path, args, says, code
+):
+    (tmp_path / "not_a_model").mkdir()
+    (tmp_path / "three").write_text("a\na\nb\nc")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"dir": tmp_path, "model": model_dir, "prompts": prompt_file}
+    found, out, err = calibrate(*(arg.format(**places) for arg in args))
+    assert found == code
+    assert out == ""
+    *_, last = err.splitlines()
+    assert last.startswith("calibrate: ")
+    assert re.search(says, last)
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
