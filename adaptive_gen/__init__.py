@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .calibration import Calibration, OperatingPoint
     from .decoding import AdaptiveOutput, Report
     from .errors import AdaptiveGenError
-    from .generate import load, wrap
     from .losses import sorted_loss
     from .policy import (
         DecayingThreshold,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         ThresholdPolicy,
     )
     from .streaming import Chunk, stream
+    from .wrapping import load, wrap
 
 __version__ = "0.1.0"
 
@@ -40,10 +40,10 @@ _HOME = {
     "OperatingPoint": "calibration",
     "Report": "decoding",
     "ThresholdPolicy": "policy",
-    "load": "generate",
+    "load": "wrapping",
     "sorted_loss": "losses",
     "stream": "streaming",
-    "wrap": "generate",
+    "wrap": "wrapping",
 }
 
 __all__ = [

@@ -210,7 +210,7 @@ def _parse_point(point: dict[str, Any]) -> OperatingPoint:
     )
 
 
-def fingerprint(model: Any) -> dict[str, Any]:
+def fingerprint(model: Any, engine: str = "module") -> dict[str, Any]:
     """What a calibration depends on: the weights, their dtype, the device and the engine.
 
     The weights' hash covers every 997th value of each tensor, in float32: it tells checkpoints
@@ -227,6 +227,6 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "model": digest.hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
-        "engine": "module",
+        "engine": engine,
         "batch": 1,
     }

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decoder import Decoder
+from .engine.backend import Backend
 from .engine.cache import KVCache
 from .engine.scheduler import Readout, Scheduler
-from .engine.segment import module_segments
 from .settings import Settings
 
 
@@ -38,6 +37,7 @@ class Report:
     drafted: int = 0
     accepted: int = 0
     audit: dict[str, Any] | None = None
+    engine: str = "module"  # the back end that ran the layers
 
     @property
     def tokens_per_s(self) -> float:
@@ -71,7 +71,7 @@ class TokenLoop:
 
     def __init__(
         self,
-        decoder: Decoder,
+        backend: Backend,
         settings: Settings,
         config: Any,
         input_ids: Tensor,
@@ -83,7 +83,7 @@ class TokenLoop:
         """Set up queues and cache; nothing runs until the first `next`.
 
         Args:
-            decoder: the model.
+            backend: the model and what runs its layers.
             settings: exits, policy, confidence, KV policy.
             config: transformers' prepared generation config.
             input_ids: [1, time] prompt as given, with any padding.
@@ -97,9 +97,9 @@ class TokenLoop:
         self.streamer = streamer
         capacity = prompt.shape[1] + min((config.max_length or 0) - input_ids.shape[1], 4096)
         self.scheduler = Scheduler(
-            decoder,
-            module_segments(decoder, settings.exit_layers),
-            KVCache(decoder.n_layers, capacity),
+            backend.decoder,
+            backend.segments(settings.exit_layers),
+            KVCache(backend.decoder.n_layers, capacity),
             settings.policy,
             settings.confidence,
             settings.kv,
@@ -108,6 +108,7 @@ class TokenLoop:
         self.steps: list[Step] = []
         self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
         self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
+        self.engine = backend.name
         self.prefill_s = self.decode_s = 0.0
         self.finished = False
 
@@ -174,6 +175,7 @@ class TokenLoop:
             caught_up=self.scheduler.caught_up,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
+            engine=self.engine,
         )
 
     def output(self) -> AdaptiveOutput:

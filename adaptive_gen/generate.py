@@ -1,27 +1,19 @@
-"""The Hugging Face face: `wrap`, `load`, and what `model.generate(adaptive=True, ...)` reaches.
+"""What `model.generate(adaptive=True, ...)` reaches.
 
 A wrapped model is the same object with a subclass of its own class, of the same name, that
 overrides `_sample`: transformers' `generate` prepares inputs, logits processors, stopping criteria
 and the generation config as always, and our loop takes over where its loop would start.
 """
 
-import functools
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from . import calibration as artefact
-from . import exits
-from .decoder import Decoder, probe
 from .decoding import TokenLoop
-from .engine.scheduler import QUEUE_CAP
-from .errors import CalibrationError, ModelError, OptionError
-from .settings import FIELDS, State, resolve
+from .errors import OptionError
+from .settings import resolve, state
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -30,9 +22,6 @@ if TYPE_CHECKING:
         """Any of transformers' causal LMs, for the type checker."""
 else:
     _CausalLM = object
-
-BUILTIN = Path(__file__).parent / "builtin"
-_STATE = "_adaptive_gen_state"
 
 
 class LoopHandover(BaseStreamer):
@@ -76,7 +65,7 @@ class AdaptiveMixin(_CausalLM):
         prompt = _prompt_without_padding(input_ids, model_kwargs)
         handover = isinstance(streamer, LoopHandover)
         loop = TokenLoop(
-            state(self).decoder,
+            state(self).backend,
             resolve(generation_config, state(self)),
             generation_config,
             input_ids,
@@ -182,149 +171,3 @@ def _prompt_without_padding(input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
                 "leave them out."
             )
     return input_ids[:, -length:]
-
-
-@functools.cache
-def _adaptive_class(cls: type) -> type:
-    # The same name and module: transformers writes the class name into a saved configuration.
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (AdaptiveMixin, cls), namespace)
-
-
-def wrap(
-    model: Any,
-    exit_layers: Iterable[int] | None = None,
-    calibration: artefact.Calibration | str | os.PathLike[str] | None = None,
-    queue_cap: int = QUEUE_CAP,
-) -> Any:
-    """Teach a loaded causal LM `generate(adaptive=True, ...)`, in place.
-
-    Args:
-        model: any transformers causal LM that can be run layer by layer; it is probed for that.
-        exit_layers: layers after which a token may leave, counts in 1..n_layers. Default: the
-            calibration's, else `model.config.exit_layers`, else the quarter points.
-        calibration: an artefact or the path of one.
-        queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
-
-    Returns:
-        The same object; `isinstance` with its own class still holds.
-
-    Raises:
-        ModelError: the model fails the probe.
-        OptionError: an exit layer that does not exist.
-        CalibrationError: a calibration that cannot be read or is another model's.
-    """
-    if queue_cap < 1:
-        raise OptionError(
-            f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
-        )
-    if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
-        raise ModelError(
-            f"{type(model).__name__} has no generate(); adaptive depth needs a transformers causal "
-            "LM, such as AutoModelForCausalLM.from_pretrained(...) gives."
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; a causal LM is needed.")
-    decoder = Decoder(model)
-    if isinstance(calibration, str | os.PathLike):
-        calibration = artefact.load(calibration)
-    if calibration is not None:
-        _check_fit(calibration, decoder.n_layers)
-    if exit_layers is None:
-        exit_layers = getattr(decoder.config, "exit_layers", None)
-        if calibration is not None:
-            exit_layers = calibration.exit_layers
-    normalised = exits.normalise(
-        exit_layers or exits.quarter_points(decoder.n_layers), decoder.n_layers
-    )
-    probe(model, decoder)
-    setattr(model, _STATE, State(decoder, normalised, calibration, queue_cap))
-    if calibration is not None:
-        _compare_fingerprint(calibration, model)
-    if not isinstance(model, AdaptiveMixin):
-        model.__class__ = _adaptive_class(type(model))
-    for name in FIELDS:
-        if not hasattr(model.generation_config, name):
-            setattr(model.generation_config, name, None)
-    # Saved as derived from the model configuration, a generation config loses our fields on reload.
-    model.generation_config._from_model_config = False
-    return model
-
-
-def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:
-    if calibration.n_layers != n_layers:
-        raise CalibrationError(
-            f"the calibration is of a model with {calibration.n_layers} layers; this one has "
-            f"{n_layers}. Run `calibrate run` for this model."
-        )
-
-
-def _compare_fingerprint(calibration: artefact.Calibration, model: Any) -> None:
-    """Say, once, what the calibration was made on if that is not what it is used on."""
-    here = artefact.fingerprint(model)
-    made = calibration.fingerprint
-    differing = [key for key, value in here.items() if made.get(key) not in (None, value)]
-    if differing:
-        state(model).tell_once(
-            f"the calibration was made on another {' and '.join(differing)}: its agreement and "
-            "speed are not promised here. Run `calibrate run` to have them measured."
-        )
-
-
-def state(model: Any) -> State:
-    """What `wrap` stored on `model`; raises `ModelError` if it is not wrapped."""
-    found = getattr(model, _STATE, None)
-    if found is None:
-        raise ModelError(
-            f"this {type(model).__name__} is not wrapped; call adaptive_gen.wrap(model) first."
-        )
-    return found
-
-
-def load(
-    path: str | os.PathLike[str] | None = None,
-    exit_layers: Iterable[int] | None = None,
-    calibration: str | os.PathLike[str] | Literal[False] | None = None,
-    **kwargs: Any,
-) -> tuple[Any, Any]:
-    """Load and wrap a model with its tokenizer.
-
-    Args:
-        path: a checkpoint directory or hub id; None is the built-in model.
-        exit_layers: see `wrap`.
-        calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
-            False is none.
-        **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
-
-    Returns:
-        (model, tokenizer)
-
-    Raises:
-        ModelError: there is no causal LM and tokenizer there.
-        CalibrationError, OptionError: see `wrap`.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if path is None:
-        path = BUILTIN
-        if not torch.cuda.is_available():
-            kwargs.setdefault("dtype", torch.float32)  # stored in 16 bits, which CPUs are slow in
-    directory = Path(path)
-    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if not directory.is_dir() and looks_local:
-        raise ModelError(
-            f"there is no model directory {directory}. Give one that holds config.json, weights "
-            "and a tokenizer, or leave it out for the built-in model."
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{path} cannot be loaded as a causal LM with its tokenizer: {reason[0]} "
-            "Give a directory saved with save_pretrained."
-        ) from error
-    if calibration is None and (directory / artefact.FILE_NAME).is_file():
-        calibration = directory
-    return wrap(model, exit_layers, calibration or None), tokenizer

@@ -15,8 +15,9 @@ from . import confidence as measures
 from . import exits
 from .calibration import Calibration, OperatingPoint
 from .decoder import Decoder
+from .engine.backend import Backend
 from .engine.scheduler import KV_POLICIES, QUEUE_CAP
-from .errors import CalibrationError, OptionError
+from .errors import CalibrationError, ModelError, OptionError
 from .policy import ExitPolicy, FixedExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
@@ -34,6 +35,7 @@ FIELDS = (
     "exit_layers",
     "policy",
 )
+_ATTRIBUTE = "_adaptive_gen_state"
 _NOT_YET = ("lossless", "audit")
 
 
@@ -42,6 +44,7 @@ class State:
     """What a wrapped model carries besides its own weights."""
 
     decoder: Decoder
+    backend: Backend
     exit_layers: tuple[int, ...]  # normalised: full depth last
     calibration: Calibration | None = None
     queue_cap: int = QUEUE_CAP
@@ -57,6 +60,21 @@ class State:
         if message not in self.told:
             self.told.add(message)
             log.warning(message)
+
+
+def attach(model: Any, state: State) -> None:
+    """Store `state` on `model`, where `state(model)` finds it."""
+    setattr(model, _ATTRIBUTE, state)
+
+
+def state(model: Any) -> State:
+    """What `wrap` stored on `model`; raises `ModelError` if it is not wrapped."""
+    found = getattr(model, _ATTRIBUTE, None)
+    if found is None:
+        raise ModelError(
+            f"this {type(model).__name__} is not wrapped; call adaptive_gen.wrap(model) first."
+        )
+    return found
 
 
 @dataclass(frozen=True)

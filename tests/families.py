@@ -52,6 +52,10 @@ FAMILIES = {
 }
 
 
+# Families whose layers the back end `fused` computes too.
+FUSED = ("llama", "llama_eager", "llama_dynamic_rope", "mistral", "qwen2", "qwen3")
+
+
 def make(family: str, dtype=torch.float32, seed=0, **config):
     """A random model of `family`, in eval mode; equal arguments, equal weights."""
     settings = {**SIZES, **FAMILIES[family], **config}

@@ -17,7 +17,7 @@ from adaptive_gen.calibration import (
     save,
 )
 from adaptive_gen.errors import CalibrationError, OutputError, Unreachable
-from adaptive_gen.generate import state
+from adaptive_gen.settings import state
 
 PROMPT = torch.tensor([[3, 4, 5]])
 
@@ -138,7 +138,7 @@ def test_the_fingerprint_tells_weights_apart_and_not_how_they_are_stored(tiny_ll
 
 
 def test_a_calibration_of_other_weights_is_used_and_said(tiny_llama, caplog):
-    made_on = fingerprint(tiny_llama(seed=1))
+    made_on = fingerprint(tiny_llama(seed=1), engine="fused")
     model = adaptive_gen.wrap(tiny_llama(), calibration=make(fingerprint=made_on))
     assert "another model" in caplog.text
     out = model.generate(PROMPT, adaptive=True, max_new_tokens=3)

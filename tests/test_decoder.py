@@ -7,7 +7,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import adaptive_gen
 from adaptive_gen.errors import ModelError, OptionError
-from adaptive_gen.generate import load, state
+from adaptive_gen.settings import state
+from adaptive_gen.wrapping import load
 
 
 def test_readouts_are_the_logits_of_truncated_models(tiny_llama):

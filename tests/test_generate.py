@@ -19,7 +19,7 @@ from transformers import (
 import adaptive_gen
 from adaptive_gen import FixedExit, NeverExit
 from adaptive_gen.errors import CalibrationError, ModelError, OptionError
-from adaptive_gen.generate import state
+from adaptive_gen.settings import state
 
 PROMPT = torch.tensor([[5, 9, 17, 33]])
 

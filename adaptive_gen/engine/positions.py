@@ -42,7 +42,7 @@ class Positions:
         """
         self._config = config
         self._rotary = base_model.rotary_emb
-        self._rotary_by_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self.rotary_by_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
         self.window: int | None = getattr(config, "sliding_window", None)
         listed = getattr(config, "layer_types", None)
         default = FULL if self.window is None else SLIDING
@@ -81,7 +81,7 @@ class Positions:
         return Block(ids, embeddings, {k: self._mask(k, hidden, start, stop) for k in self.types})
 
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        if self._rotary_by_type:
+        if self.rotary_by_type:
             return {kind: self._rotary(hidden, ids, kind) for kind in self.types}
         embedding = self._rotary(hidden, ids)
         return {kind: embedding for kind in self.types}

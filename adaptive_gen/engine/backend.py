@@ -1,0 +1,88 @@
+"""Which back end runs a model's segments, and its prepared weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..decoder import Decoder
+from ..errors import ModelError, OptionError
+from . import fused
+from .segment import Segment, module_segments
+
+ENGINES = ("auto", "fused", "module")
+# `fused` works on copies of the layers' weights; beyond this they are only made when asked for.
+MOST_COPIED_BYTES = 2 << 30
+
+
+class Backend:
+    """Makes segments for one model: fused where that is possible and wanted, else module.
+
+    `name` is the back end the latest segments run on, and `reason` why that is not `fused`.
+    """
+
+    def __init__(self, decoder: Decoder, engine: str = "auto"):
+        """Choose.
+
+        Args:
+            decoder: the model.
+            engine: "auto" takes `fused` if it can; "fused" insists; "module" never does.
+        """
+        if engine not in ENGINES:
+            raise OptionError(f"engine={engine!r} is unknown; use one of {', '.join(ENGINES)}.")
+        self.decoder, self.engine = decoder, engine
+        self.name, self.reason = "module", ""
+        self._signature: Any = None
+        self._cause = ""
+        self._fused: fused.FusedModel | None = None
+        self._segments: dict[tuple[int, int], Segment] = {}
+
+    @torch.no_grad()
+    def segments(self, exit_layers: Sequence[int]) -> list[Segment]:
+        """One segment before each of the ascending `exit_layers`.
+
+        Raises:
+            ModelError: `engine="fused"` was asked for and cannot be had.
+        """
+        self.reason = self._unfit()
+        self.name = "module" if self.reason else "fused"
+        if self.reason and self.engine == "fused":
+            raise ModelError(
+                f"engine='fused' cannot run {self.decoder.name}: {self.reason}. "
+                "Use engine='auto' or 'module'."
+            )
+        if self.reason:
+            return module_segments(self.decoder, exit_layers)
+        return [
+            self._fused_segment(start, stop)
+            for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
+        ]
+
+    def _fused_segment(self, start: int, stop: int) -> Segment:
+        assert self._fused is not None
+        if (start, stop) not in self._segments:
+            self._segments[start, stop] = fused.segment(self._fused, start, stop)
+        return self._segments[start, stop]
+
+    def _unfit(self) -> str:
+        """Why `fused` cannot run the model as it is now; empty if it can."""
+        layers = self.decoder.layers
+        if self.engine == "module":
+            return "engine='module' was asked for"
+        if layers.training:
+            return "the model is in training mode"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in layers.modules()):
+            return "hooks on its layers would not be called"
+        weights = list(layers.parameters())
+        size = sum(w.numel() * w.element_size() for w in weights)
+        if self.engine == "auto" and size > MOST_COPIED_BYTES:
+            return f"copies of its layers would take {size / 2**30:.1f} GiB"
+        # Weights that were trained, merged or moved since need new copies.
+        signature = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if signature != self._signature:
+            self._fused, self._segments, self._signature = None, {}, signature
+            try:
+                self._fused = fused.fuse(self.decoder)
+            except fused.Unfit as error:
+                self._cause = str(error)
+        return "" if self._fused is not None else self._cause

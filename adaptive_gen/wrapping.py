@@ -1,0 +1,165 @@
+"""`wrap` and `load`: a transformers model learns `generate(adaptive=True, ...)`."""
+
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import calibration as artefact
+from . import exits
+from .decoder import Decoder, probe
+from .engine.backend import Backend
+from .engine.scheduler import QUEUE_CAP
+from .errors import CalibrationError, ModelError, OptionError
+from .generate import AdaptiveMixin
+from .settings import FIELDS, State, attach, state
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+@functools.cache
+def _adaptive_class(cls: type) -> type:
+    # The same name and module: transformers writes the class name into a saved configuration.
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (AdaptiveMixin, cls), namespace)
+
+
+def wrap(
+    model: Any,
+    exit_layers: Iterable[int] | None = None,
+    calibration: artefact.Calibration | str | os.PathLike[str] | None = None,
+    queue_cap: int = QUEUE_CAP,
+    engine: str = "auto",
+) -> Any:
+    """Teach a loaded causal LM `generate(adaptive=True, ...)`, in place.
+
+    Args:
+        model: any transformers causal LM that can be run layer by layer; it is probed for that.
+        exit_layers: layers after which a token may leave, counts in 1..n_layers. Default: the
+            calibration's, else `model.config.exit_layers`, else the quarter points.
+        calibration: an artefact or the path of one.
+        queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
+        engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
+            (CPU, float32 and float64), "module" calls the model's own layers, "auto" takes the
+            first where it can.
+
+    Returns:
+        The same object; `isinstance` with its own class still holds.
+
+    Raises:
+        ModelError: the model fails the probe.
+        OptionError: an exit layer that does not exist.
+        CalibrationError: a calibration that cannot be read or is another model's.
+    """
+    if queue_cap < 1:
+        raise OptionError(
+            f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
+        )
+    if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
+        raise ModelError(
+            f"{type(model).__name__} has no generate(); adaptive depth needs a transformers causal "
+            "LM, such as AutoModelForCausalLM.from_pretrained(...) gives."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; a causal LM is needed.")
+    decoder = Decoder(model)
+    if isinstance(calibration, str | os.PathLike):
+        calibration = artefact.load(calibration)
+    if calibration is not None:
+        _check_fit(calibration, decoder.n_layers)
+    if exit_layers is None:
+        exit_layers = getattr(decoder.config, "exit_layers", None)
+        if calibration is not None:
+            exit_layers = calibration.exit_layers
+    normalised = exits.normalise(
+        exit_layers or exits.quarter_points(decoder.n_layers), decoder.n_layers
+    )
+    probe(model, decoder)
+    backend = Backend(decoder, engine)
+    backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
+    attach(model, State(decoder, backend, normalised, calibration, queue_cap))
+    if calibration is not None:
+        _compare_fingerprint(calibration, model)
+    if not isinstance(model, AdaptiveMixin):
+        model.__class__ = _adaptive_class(type(model))
+    for name in FIELDS:
+        if not hasattr(model.generation_config, name):
+            setattr(model.generation_config, name, None)
+    # Saved as derived from the model configuration, a generation config loses our fields on reload.
+    model.generation_config._from_model_config = False
+    return model
+
+
+def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:
+    if calibration.n_layers != n_layers:
+        raise CalibrationError(
+            f"the calibration is of a model with {calibration.n_layers} layers; this one has "
+            f"{n_layers}. Run `calibrate run` for this model."
+        )
+
+
+def _compare_fingerprint(calibration: artefact.Calibration, model: Any) -> None:
+    """Say, once, what the calibration was made on if that is not what it is used on."""
+    here = artefact.fingerprint(model, state(model).backend.name)
+    made = calibration.fingerprint
+    differing = [key for key, value in here.items() if made.get(key) not in (None, value)]
+    if differing:
+        state(model).tell_once(
+            f"the calibration was made on another {' and '.join(differing)}: its agreement and "
+            "speed are not promised here. Run `calibrate run` to have them measured."
+        )
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    exit_layers: Iterable[int] | None = None,
+    calibration: str | os.PathLike[str] | Literal[False] | None = None,
+    engine: str = "auto",
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load and wrap a model with its tokenizer.
+
+    Args:
+        path: a checkpoint directory or hub id; None is the built-in model.
+        exit_layers: see `wrap`.
+        calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
+            False is none.
+        engine: see `wrap`.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ModelError: there is no causal LM and tokenizer there.
+        CalibrationError, OptionError: see `wrap`.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if path is None:
+        path = BUILTIN
+        if not torch.cuda.is_available():
+            kwargs.setdefault("dtype", torch.float32)  # stored in 16 bits, which CPUs are slow in
+    directory = Path(path)
+    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    if not directory.is_dir() and looks_local:
+        raise ModelError(
+            f"there is no model directory {directory}. Give one that holds config.json, weights "
+            "and a tokenizer, or leave it out for the built-in model."
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{path} cannot be loaded as a causal LM with its tokenizer: {reason[0]} "
+            "Give a directory saved with save_pretrained."
+        ) from error
+    if calibration is None and (directory / artefact.FILE_NAME).is_file():
+        calibration = directory
+    return wrap(model, exit_layers, calibration or None, engine=engine), tokenizer
