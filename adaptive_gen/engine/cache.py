@@ -46,10 +46,10 @@ class KVCache:
         stop = start + key.shape[2]
         keys = self._keys[layer_idx] = self._with_room(self._keys[layer_idx], key, stop)
         values = self._values[layer_idx] = self._with_room(self._values[layer_idx], value, stop)
-        keys[:, :, start:stop] = key
-        values[:, :, start:stop] = value
+        keys.narrow(2, start, stop - start).copy_(key)
+        values.narrow(2, start, stop - start).copy_(value)
         self.lengths[layer_idx] = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 
     def _with_room(self, buffer: Tensor | None, block: Tensor, length: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= length:

@@ -62,10 +62,11 @@ class FusedModel:
         """Norm queries and keys [time, heads, head_dim] where the family does; rotate them."""
         if gain is not None:
             qk = normed(qk, self.qk_eps) * gain
-        half = self.head_dim // 2
+        low, high = qk.chunk(2, dim=-1)
         turned = qk * cos
-        turned[..., :half].addcmul_(qk[..., half:], half_sin, value=-1)
-        turned[..., half:].addcmul_(qk[..., :half], half_sin)
+        half = self.head_dim // 2
+        turned.narrow(-1, 0, half).addcmul_(high, half_sin, value=-1)
+        turned.narrow(-1, half, half).addcmul_(low, half_sin)
         return turned
 
 
@@ -108,12 +109,12 @@ class FusedSegment:
         """Attention of a normed block [time, hidden] -> [time, heads * head_dim]."""
         model, steps = self.model, x.shape[0]
         qkv = product(x, layer.qkv, layer.qkv_bias).view(steps, -1, model.head_dim)
-        both = model.heads + model.kv_heads
-        qk = model.rotated(qkv[:, :both], layer.qk_gain, cos, half_sin)
+        qk, value = qkv.split((model.heads + model.kv_heads, model.kv_heads), dim=1)
+        qk = model.rotated(qk, layer.qk_gain, cos, half_sin)
+        queries, key = qk.split((model.heads, model.kv_heads), dim=1)
         keys, values = cache.update(
-            qk[:, model.heads :].transpose(0, 1)[None], qkv[:, both:].transpose(0, 1)[None], index
+            key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0), index
         )
-        queries = qk[:, : model.heads]
         if steps == 1:
             return self._attend_once(queries, keys[0], values[0], layer.window)
         mixed = F.scaled_dot_product_attention(
