@@ -1,0 +1,54 @@
+"""What can be wrong with a run, found before anything is loaded or trained."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaptive_gen.errors import DataError, OptionError, OutputError
+
+CHECKPOINTS = "checkpoints"
+
+
+def check_data(paths: Sequence[Path]) -> None:
+    """Raise `DataError` unless there are files and all of them exist."""
+    if not paths:
+        raise DataError("no data: give --data FILE (MODEL comes before --data).")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"no data file {path}; check the path.")
+
+
+def check_writable(directory: Path) -> None:
+    """Raise `OutputError` unless files can be made in `directory`, which may not exist yet."""
+    probe = directory
+    while not probe.exists() and probe != probe.parent:
+        probe = probe.parent
+    try:
+        if not probe.is_dir():
+            raise NotADirectoryError(20, f"{probe} is a file")
+        with tempfile.TemporaryFile(dir=probe):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {directory}: {error.strerror}; choose another --out."
+        ) from None
+
+
+def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
+    """The last checkpoint of the run in `out`; None for a new run.
+
+    Raises:
+        OptionError: nothing to resume, or a new run would mix with an old one's checkpoints.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = out / CHECKPOINTS
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume and last is None:
+        raise OptionError(f"nothing to resume: {folder} has no checkpoint; leave --resume away.")
+    if last and not resume:
+        raise OptionError(
+            f"{folder} has another run's checkpoints: add --resume to go on, "
+            "or choose another --out."
+        )
+    return Path(last) if last else None

@@ -1,0 +1,111 @@
+"""`adaptive-train`: train exits into a model, and measure them."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptive_gen import ui
+from adaptive_gen.terminal import run_app
+
+from .config import TrainConfig
+
+app = typer.Typer(
+    help="Sorted fine-tuning: teach a model's middle layers to speak.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+EXIT_FIELDS = ("exit_layers", "distill", "full_weight")
+
+
+def _command(name: str, text: str, without: Sequence[str] = ()) -> None:
+    """Register a training command whose parameters are the fields of `TrainConfig`."""
+
+    def run(**values: Any) -> None:
+        from .run import train
+
+        _quiet()
+        out = train(TrainConfig(**values), sorted_exits=not without)
+        ui.text(str(out))
+
+    chosen = [f for f in fields(TrainConfig) if f.name not in without]
+    run.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in chosen
+        ]
+    )
+    run.__annotations__ = {f.name: f.type for f in chosen}
+    app.command(name, help=text)(run)
+
+
+_command("soft", "Sorted fine-tuning: every exit layer and full depth learn together.")
+_command("sft", "Plain fine-tuning: full depth alone.", without=EXIT_FIELDS)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM.")],
+    data: Annotated[list[Path], typer.Option(help="Text or JSON-lines files.", metavar="FILE...")],
+    exit_layers: Annotated[
+        str | None, typer.Option(help="Default: the model's own, else quarters.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=8)] = 512,
+    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with EOS.")] = True,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0: all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Per exit: loss, agreement with full depth, mean confidence (margin)."""
+    from .run import evaluate_model
+
+    _quiet()
+    result = evaluate_model(
+        model, data, exit_layers, seq_len=seq_len, dtype=dtype, eos=eos, max_tokens=max_tokens
+    )
+    if json_out:
+        ui.document(result.as_dict())
+        return
+    rows = [
+        (f"{s.exit_layer}/{result.n_layers}", s.loss, s.agreement, s.confidence)
+        for s in result.exits
+    ]
+    title = f"{model}, {result.tokens:,} tokens"
+    ui.table(title, ("exit layer", "loss", "agreement", "confidence"), rows)
+
+
+def _quiet() -> None:
+    """No bars for loading and saving, which would run into the one line of an error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Write `--data a b c` as `--data a --data b --data c`, so that shell patterns work."""
+    out: list[str] = []
+    inside = False
+    for word in arguments:
+        if word == "--data":
+            inside = True
+            continue
+        if word.startswith("-"):
+            inside = False
+        out.extend(("--data", word) if inside else (word,))
+    return out
+
+
+def main() -> None:
+    """Console entry."""
+    sys.argv[1:] = spread(sys.argv[1:])
+    run_app(app, "adaptive-train")
+
+
+if __name__ == "__main__":
+    main()

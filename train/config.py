@@ -1,0 +1,55 @@
+"""What one training run is told; the command line is made from these fields."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _option(text: str, *names: str, **more) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=text, **more)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `exit_layers` is None for plain training: full depth alone."""
+
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id of a causal LM.", metavar="[MODEL]")
+    ] = None
+    data: Annotated[
+        list[Path], _option("Text or JSON-lines files (.gz too).", metavar="FILE...")
+    ] = ()  # type: ignore[assignment]
+    out: Annotated[Path, _option("Directory for the trained model.")] = Path("trained")
+    exit_layers: Annotated[
+        str | None, _option("Layers to train as exits, for example 4,8,12. Default: quarters.")
+    ] = None
+    distill: Annotated[
+        float, _option("Share of KL to full depth in an exit's loss.", min=0.0, max=1.0)
+    ] = 0.0
+    full_weight: Annotated[
+        float, _option("Weight of full depth; every other exit weighs 1.", min=0.0)
+    ] = 1.0
+    from_config: Annotated[
+        Path | None, _option("Start a new model from this config.json, with an own BPE.")
+    ] = None
+    vocab_size: Annotated[int, _option("Size of the own BPE.", min=260)] = 4096
+    lr: Annotated[float, _option("Peak learning rate.", min=0.0)] = 2e-5
+    epochs: Annotated[float, _option("Passes over the data.", min=0.0)] = 1.0
+    max_steps: Annotated[int, _option("Optimiser steps, instead of epochs.")] = -1
+    batch_size: Annotated[int, _option("Sequences in an optimiser step.", min=1)] = 32
+    micro_batch: Annotated[int, _option("Sequences in one forward pass.", min=1)] = 8
+    seq_len: Annotated[int, _option("Tokens in a sequence.", min=8)] = 512
+    eos: Annotated[
+        bool, _option("End plain-text documents with the EOS token.", "--eos/--no-eos")
+    ] = True
+    warmup: Annotated[float, _option("Share of the steps that warm up.", min=0.0, max=1.0)] = 0.03
+    weight_decay: Annotated[float, _option("AdamW's decay of matrices.", min=0.0)] = 0.1
+    chunk_size: Annotated[int, _option("Positions whose logits exist at once.", min=1)] = 1024
+    dtype: Annotated[str, _option("float32, bfloat16 or auto.")] = "float32"
+    compile: Annotated[bool, _option("Compile the decoder layers.", "--compile")] = False
+    save_steps: Annotated[int, _option("Steps between checkpoints.", min=1)] = 500
+    log_steps: Annotated[int, _option("Steps between log lines.", min=1)] = 20
+    resume: Annotated[bool, _option("Go on from the last checkpoint.", "--resume")] = False
+    seed: Annotated[int, _option("Seed of data order and new weights.")] = 0

@@ -1,0 +1,91 @@
+"""The model to train or measure: a saved one, or a new one with an own BPE."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from adaptive_gen.errors import ModelError, OptionError
+
+
+def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """A saved causal LM and its tokenizer, safetensors only.
+
+    Args:
+        name: directory or hub id.
+        dtype: float32, bfloat16, float16 or auto.
+
+    Raises:
+        ModelError: missing, not a causal LM, or broken.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in known:
+        raise OptionError(f"dtype {dtype!r} is unknown; give {', '.join(known)} or auto.")
+    folder = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not folder.is_dir():
+        raise ModelError(f"no model directory {name}; check the path.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json; give the directory of a saved causal LM.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=known.get(dtype, "auto"), use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers, safetensors and the hub raise their own kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot load {name} as a causal LM: {lines[0].rstrip('.')}.") from error
+    return model, tokenizer
+
+
+def new_tokenizer(texts: Iterable[str], shape: Any, vocab_size: int) -> Any:
+    """An own BPE for a model of this shape, learnt from the texts."""
+    from .tokenizer import train_bpe
+
+    return train_bpe(texts, vocab_size, getattr(shape, "max_position_embeddings", None))
+
+
+def read_shape(path: Path) -> Any:
+    """The model configuration in a config.json.
+
+    Raises:
+        ModelError: missing, broken, or of no known model type.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot read the model config {path}: {reason}; give a config.json with a model_type."
+        ) from None
+
+
+def new_model(shape: Any, tokenizer: Any, seed: int) -> Any:
+    """A causal LM with new weights that fits the tokenizer.
+
+    What each layer adds is scaled by 1/sqrt(2 * layers), so that depth does not blow up at start.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    shape.vocab_size = len(tokenizer)
+    shape.bos_token_id = tokenizer.bos_token_id
+    shape.eos_token_id = tokenizer.eos_token_id
+    shape.pad_token_id = tokenizer.pad_token_id
+    set_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(shape)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{shape.model_type} is no causal LM: {reason}.") from None
+    factor = (2 * shape.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(factor)
+    return model

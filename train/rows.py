@@ -1,0 +1,167 @@
+"""Training files -> rows: plain text, or a dialogue of which only some parts are learnt."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaptive_gen.errors import DataError
+
+SEPARATOR = "<|endoftext|>"
+SHAPES = (
+    '{"text"}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"messages"} '
+    'or {"turns"}'
+)
+
+
+class Text(NamedTuple):
+    """A document, learnt whole."""
+
+    text: str
+
+
+class Pair(NamedTuple):
+    """A prompt as it stands, and the completion to learn."""
+
+    prompt: str
+    completion: str
+
+
+class Dialogue(NamedTuple):
+    """Messages with `role` and `content`; what the assistant says is learnt."""
+
+    messages: list[dict[str, str]]
+
+
+Row = Text | Pair | Dialogue
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file.
+
+    Args:
+        path: `.txt` (documents end with `<|endoftext|>`), `.jsonl` or `.json`, each also `.gz`.
+
+    Raises:
+        DataError: missing, unreadable, empty or broken; names the line.
+    """
+    name = path.name.removesuffix(".gz")
+    text = _read(path)
+    if name.endswith(".jsonl"):
+        rows = _lines(path, text)
+    elif name.endswith(".json"):
+        rows = _array(path, text)
+    else:
+        rows = (Text(part.strip()) for part in text.split(SEPARATOR) if part.strip())
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{path} holds no rows; give a file with text in it.")
+
+
+def _read(path: Path) -> str:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise DataError(f"no data file {path}; check the path.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); give .txt, .jsonl or .json, "
+            "gzipped or not."
+        ) from None
+
+
+def _lines(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path} line {number} is not JSON: {error.msg} at column {error.colno}."
+                ) from None
+            yield to_row(value, f"{path} line {number}")
+
+
+def _array(path: Path, text: str) -> Iterator[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}.") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path} holds one {type(values).__name__}; give a JSON list of objects.")
+    for number, value in enumerate(values, start=1):
+        yield to_row(value, f"{path} item {number}")
+
+
+def to_row(value: Any, where: str) -> Row:
+    """One JSON object as a row.
+
+    Args:
+        value: the parsed object.
+        where: file and line, for the message.
+
+    Raises:
+        DataError: none of the known shapes, or a field that is not what the shape says.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}, not an object; rows are {SHAPES}.")
+    if "messages" in value:
+        return _dialogue(value["messages"], where)
+    if "turns" in value:
+        return _dialogue(_from_turns(value["turns"], where), where)
+    if "instruction" in value and "output" in value:
+        ask, extra = _string(value, "instruction", where), value.get("input") or ""
+        user = f"{ask}\n\n{extra}" if extra else ask
+        answer = _string(value, "output", where)
+        return _dialogue(
+            [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], where
+        )
+    if "prompt" in value and "completion" in value:
+        return Pair(_string(value, "prompt", where), _string(value, "completion", where))
+    if "text" in value:
+        return Text(_string(value, "text", where))
+    keys = ", ".join(map(str, value)) or "nothing"
+    raise DataError(f"{where} has the keys {keys}; rows are {SHAPES}.")
+
+
+def _string(value: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(value[key], str):
+        raise DataError(f"{where}: {key} is a {type(value[key]).__name__}, not a string.")
+    return value[key]
+
+
+def _from_turns(turns: Any, where: str) -> list[dict[str, str]]:
+    """Turns of two or more speakers: the first is the user, all others are the assistant."""
+    messages: list[dict[str, str]] = []
+    if not isinstance(turns, list) or not all(
+        isinstance(t, list) and len(t) == 2 and isinstance(t[1], str) for t in turns
+    ):
+        raise DataError(f"{where}: turns is not a list of [speaker, text].")
+    for speaker, text in turns:
+        role = "user" if speaker == turns[0][0] else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n{text}"
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def _dialogue(messages: Any, where: str) -> Dialogue:
+    sound = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not sound:
+        raise DataError(f'{where}: messages is not a list of {{"role", "content"}} with strings.')
+    if not any(m["role"] == "assistant" for m in messages):
+        raise DataError(f"{where} has no assistant's turn; there is nothing to learn from it.")
+    return Dialogue(messages)
