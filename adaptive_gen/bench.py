@@ -108,7 +108,7 @@ def _judge(
         exit_histogram=dict(sorted(Counter(adaptive.exit_layers).items())),
         agreement_full_depth=agreement(model, full),
         same_text_as_transformers=sum(torch.equal(a, b) for a, b in pairs) / len(full.sequences),
-        static_truncation=_static(model, adaptive, resolved, depth),
+        static_truncation=_static(model, adaptive, depth),
         recipe=recipe,
     )
 
@@ -154,8 +154,10 @@ def _setting(resolved: Settings) -> dict[str, Any]:
     }
 
 
-def _static(model: Any, runs: Runs, resolved: Settings, depth: float) -> dict[str, Any]:
-    nearest = min(resolved.exit_layers, key=lambda exit_layer: abs(exit_layer - depth))
+def _static(model: Any, runs: Runs, depth: float) -> dict[str, Any]:
+    """What cutting the model off would give: its exit nearest the mean depth, for every token."""
+    trained = state(model).exit_layers[:-1] or state(model).exit_layers
+    nearest = min(trained, key=lambda exit_layer: abs(exit_layer - depth))
     return {"exit_layer": nearest, "agreement": agreement(model, runs, nearest)}
 
 
