@@ -6,7 +6,7 @@ at once.
 
 import dataclasses
 import math
-import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,10 +146,15 @@ def _writable(out: Path | None, model: str | None) -> Path:
     else:
         directory = out
     nearest = next(d for d in (directory, *directory.absolute().parents) if d.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        # Asked by doing: permissions alone say yes to root on a file system that says no.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
         raise OutputError(
-            f"cannot write into {directory}. Name a directory you may write to with --out."
-        )
+            f"cannot write into {directory}: {error.strerror}. "
+            "Name a directory you may write to with --out."
+        ) from None
     return directory
 
 
