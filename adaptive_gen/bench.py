@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.metadata
 import platform
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +78,8 @@ def compare(
     encoded = inputs(model, tokenizer, prompts, max_new_tokens)
     runs = measure(model, encoded, arms, max_new_tokens=max_new_tokens, rounds=rounds)
     recipe = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
         **environment(model),
         **_setting(resolved),
         "prompts": len(prompts),
@@ -132,6 +136,16 @@ def environment(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the clone this runs from; None for an installed copy."""
+    git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "."]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found or None
 
 
 def _cpu() -> str:
