@@ -11,7 +11,7 @@ import typer
 from .errors import OptionError
 
 # Rows this narrow are multiplied sooner than threads meet: with a core busy elsewhere, two threads
-# took ten times as long as one.
+# took three to seven times as long as one.
 SMALL = 512
 
 BUILT_IN = "the built-in model"
