@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .decoding import Report, TokenLoop
+from .decoding import TokenLoop
 from .errors import OptionError
 from .generate import LoopHandover
+from .report import Report
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -41,8 +42,9 @@ class Stream:
 
     def _iterate(self, text: "_Detokenizer") -> Iterator[Chunk]:
         for step in self._loop:
-            piece = text.push(step.token, last=self._loop.finished)
-            yield Chunk(piece, *step, self.report.tokens_per_s)
+            piece = text.push(step.token, last=step.last)
+            report = self.report
+            yield Chunk(piece, step.token, step.exit_layer, step.confidence, report.tokens_per_s)
 
     @property
     def report(self) -> Report:

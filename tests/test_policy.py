@@ -5,6 +5,7 @@ import math
 import pytest
 
 from adaptive_gen import (
+    Check,
     DecayingThreshold,
     ExitPolicy,
     FixedExit,
@@ -19,7 +20,9 @@ EXITS = (2, 4, 6)
 def first_exit(policy, confidences, position=0):
     """The exit layer a token with these confidences leaves at; None is full depth."""
     for layer, confidence in zip(EXITS, confidences, strict=True):
-        if policy.may_exit(layer, position) and policy.should_exit(layer, confidence, position):
+        if policy.may_exit(layer, position) and policy.should_exit(
+            Check(layer, position, confidence)
+        ):
             return layer
     return None
 
@@ -56,7 +59,7 @@ def test_the_decaying_threshold_is_calms():
     for position in (0, 1, 50, 400):
         expected = min(1.0, 0.9 * 0.8 + 0.1 * math.exp(-4 * position / 100))
         assert policy.at(2, position) == pytest.approx(expected)
-    assert policy.should_exit(2, 0.75, 99) and not policy.should_exit(2, 0.75, 0)
+    assert policy.should_exit(Check(2, 99, 0.75)) and not policy.should_exit(Check(2, 0, 0.75))
     assert DecayingThreshold({2: 1.0}, horizon=100).may_exit(2, 10_000) is False
 
 
@@ -70,8 +73,8 @@ def test_ten_lines_of_your_own_are_a_policy():
         def may_exit(self, exit_layer, position):
             return position % 2 == 0
 
-        def should_exit(self, exit_layer, confidence, position):
-            return confidence > 0.5
+        def should_exit(self, check):
+            return check.confidence > 0.5
 
     assert isinstance(Even(), ExitPolicy)
     assert not isinstance(object(), ExitPolicy)
