@@ -27,6 +27,7 @@ from .engine.backend import Backend
 from .engine.cache import KVCache
 from .engine.scheduler import Readout, Scheduler
 from .report import AdaptiveOutput, Report, Step
+from .resume import AdaptiveCache
 from .settings import Settings
 
 _MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
@@ -37,6 +38,7 @@ class _Text:
 
     def __init__(self, row: int, width: int, draft_length: DraftLength | None):
         self.row, self.width = row, width  # its row of the ids, and how much of that is text
+        self.place = row  # its row in the scheduler, which forgets finished ones
         self.draft_length = draft_length
         self.steps: list[Step] = []
         self.drafts: list[Draft] = []  # the text's last tokens, not yet confirmed or audited
@@ -59,6 +61,7 @@ class TokenLoop:
         logits_processor: Any,
         stopping_criteria: Any,
         streamer: BaseStreamer | None = None,
+        past: AdaptiveCache | None = None,
     ):
         """Set up queues and cache; nothing runs until the first `next`.
 
@@ -72,9 +75,10 @@ class TokenLoop:
                 float32.
             stopping_criteria: transformers' list.
             streamer: gets every new token.
+            past: what an earlier generation left, for one row.
         """
         self.config, self.settings = config, settings
-        self.logits_processor = _by_true_row(logits_processor, self)
+        self.logits_processor = _with_prefixes_of_real_rows(logits_processor, self)
         self.stopping_criteria, self.streamer = stopping_criteria, streamer
         self._prompts, self._lengths = input_ids, list(lengths)
         room = max(1, min((config.max_length or 0) - input_ids.shape[1], _MOST_ROOM))
@@ -83,10 +87,13 @@ class TokenLoop:
         guard = (
             None if settings.audit_floor is None else GuardedPolicy(policy, settings.audit_floor)
         )
+        cache = KVCache(backend.decoder.n_layers, max(lengths) + room, batch=len(lengths))
+        if past is not None:
+            cache = past.take(backend.decoder, input_ids[0, -lengths[0] :])
         self.scheduler = Scheduler(
             backend.decoder,
             backend.segments(settings.exit_layers),
-            KVCache(backend.decoder.n_layers, max(lengths) + room, batch=len(lengths)),
+            cache,
             guard or policy,
             settings.confidences,
             settings.rules,
@@ -95,7 +102,7 @@ class TokenLoop:
         self._auditor = Auditor(guard) if settings.audit else None
         self.texts = [self._text(row) for row in range(len(lengths))]
         self._open = list(self.texts)  # those still growing, in the scheduler's order
-        self._rows_processed: list[int] = []
+        self._processed: set[int] = set()
         self.prefill_s = self.decode_s = 0.0
 
     @property
@@ -103,9 +110,9 @@ class TokenLoop:
         """Whether every text has ended."""
         return not self._open
 
-    def batch_row(self, place: int) -> int:
-        """The row of the batch that a logits processor sees at `place`."""
-        return self._rows_processed[place]
+    def processes(self, row: int) -> bool:
+        """Whether a row of the batch, and not a copy of another in its place, is processed now."""
+        return row in self._processed
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
@@ -125,11 +132,12 @@ class TokenLoop:
             self.streamer.end()
 
     def _prefill(self) -> None:
-        width, longest = self._prompts.shape[1], max(self._lengths)
-        prompts = self._prompts.new_zeros(len(self._lengths), longest)
-        for row, length in enumerate(self._lengths):
-            prompts[row, :length] = self._prompts[row, width - length :]
-        self.scheduler.prefill(prompts, self._lengths)
+        width, held = self._prompts.shape[1], self.scheduler.cache.lengths[0]
+        counts = [length - h for length, h in zip(self._lengths, held, strict=True)]
+        prompts = self._prompts.new_zeros(len(counts), max(counts))
+        for row, count in enumerate(counts):
+            prompts[row, :count] = self._prompts[row, width - count :]
+        self.scheduler.prefill(prompts, counts)
 
     def _text(self, row: int) -> _Text:
         length = None
@@ -151,11 +159,7 @@ class TokenLoop:
             places = [place for place in places if stood[place]]
         for group in _equally_wide(texts, places):
             self._choose([texts[place] for place in group], readout, group)
-        for text in texts:
-            if self.settings.lossless and text.drafts and text.drafts[-1].step.last:
-                (logits,) = self.scheduler.flush((self._open.index(text),)) or [None]
-                assert logits is not None
-                self._judge(text, logits)
+        self._judge_ends([text for text in texts if text.drafts and text.drafts[-1].step.last])
         self._feed(texts)
         return [step for text, n in zip(texts, done, strict=True) for step in text.steps[n:]]
 
@@ -183,6 +187,15 @@ class TokenLoop:
             if self._auditor is not None and not early:
                 self._auditor.count(readout.exit_layer, True)
             self._confirm(text, step, scores[i : i + 1], logits[i : i + 1])
+
+    def _judge_ends(self, texts: list[_Text]) -> None:
+        """Confirm texts that end with a draft: nothing would come after it to take it deeper."""
+        if not texts or not self.settings.lossless:
+            return
+        read = self.scheduler.flush(tuple(text.place for text in texts))
+        assert read is not None
+        for text, logits in zip(texts, read, strict=True):
+            self._judge(text, logits)
 
     def _judge(self, text: _Text, logits: Tensor) -> bool:
         """Compare a text's drafts with full depth's logits [drafts, vocab].
@@ -216,7 +229,7 @@ class TokenLoop:
             if other is not None or text.finished:
                 # The text's last token has not been run: what stays in the cache ends before it.
                 length = self._lengths[text.row] + len(text.steps) - 1
-                self.scheduler.rewind(self._open.index(text), length)
+                self.scheduler.rewind(text.place, length)
                 self._relearn(text, i + (other is None), i + 1)
                 return False
         text.width = end
@@ -227,14 +240,21 @@ class TokenLoop:
     def _relearn(self, text: _Text, stood: int, judged: int) -> None:
         assert text.draft_length is not None
         cap = text.draft_length.observe(stood, judged)
-        self.scheduler.rows[self._open.index(text)].cap = cap
+        self.scheduler.rows[text.place].cap = cap
 
     def _process(self, texts: list[_Text], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
         # Processors may write in place, and transformers shows them float32 whatever the model's.
         logits = logits.to(copy=True, dtype=torch.float32)
-        self._rows_processed = [text.row for text in texts]
-        return self.logits_processor(self._seen(texts), logits), logits
+        ids, rows = self._seen(texts), [text.row for text in texts]
+        self._processed = set(rows)
+        if len(rows) == len(self.texts) or not self.logits_processor:
+            return self.logits_processor(ids, logits), logits
+        # Some processors keep something for each row of the batch and tell rows by their place; the
+        # places of rows that are not here are taken by a copy of one that is.
+        at = {row: place for place, row in enumerate(rows)}
+        index = [at.get(text.row, 0) for text in self.texts]
+        return self.logits_processor(ids[index], logits[index])[rows], logits
 
     def _seen(self, texts: list[_Text]) -> Tensor:
         """The ids [rows, time] of equally long texts."""
@@ -273,9 +293,11 @@ class TokenLoop:
             if staying:
                 self.scheduler.keep(staying)
             self._open = [self._open[row] for row in staying]
+            for place, text in enumerate(self._open):
+                text.place = place
         growing = [text for text in texts if not text.finished]
         if growing:
-            rows = tuple(self._open.index(text) for text in growing)
+            rows = tuple(text.place for text in growing)
             last = [self._ids[text.row, text.width - 1] for text in growing]
             self.scheduler.feed(rows, torch.stack(last)[:, None])
 
@@ -318,6 +340,14 @@ class TokenLoop:
             ids[text.row, start + len(text.steps) :] = 0 if pad is None else int(pad)
         return ids
 
+    def cache(self) -> AdaptiveCache | None:
+        """What the next generation can start from, if this was one text."""
+        if len(self.texts) > 1 or not self.texts[0].steps:
+            return None
+        text = self.texts[0]
+        start, stop = self._prompts.shape[1], self._prompts.shape[1] + len(text.steps)
+        return AdaptiveCache(self.scheduler, self._ids[0, start - self._lengths[0] : stop].clone())
+
     def output(self) -> AdaptiveOutput:
         """The result in transformers' form."""
         steps = [text.steps for text in self.texts]
@@ -327,6 +357,7 @@ class TokenLoop:
             sequences=self.sequences(),  # type: ignore[arg-type]
             scores=self._by_step("scores") if self.config.output_scores else None,  # type: ignore[arg-type]
             logits=self._by_step("logits") if self.config.output_logits else None,  # type: ignore[arg-type]
+            past_key_values=self.cache(),  # type: ignore[arg-type]
             exit_layers=pad_sequence(exits, batch_first=True),
             confidences=pad_sequence(confidences, batch_first=True, padding_value=math.nan),
             report=self.report(),
@@ -346,16 +377,14 @@ def _equally_wide(texts: list[_Text], places: list[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_true_row(processors: Any, loop: TokenLoop) -> Any:
-    """The processors, with allowed prefixes asked for by a text's row in the batch.
-
-    They are shown only the rows that left together, which they number from 0.
-    """
+def _with_prefixes_of_real_rows(processors: Any, loop: TokenLoop) -> Any:
+    """The processors, the user asked for allowed prefixes of rows that are really there only."""
     own = copy.copy(processors)
     for i, processor in enumerate(own):
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
+            allowed, beams = processor._prefix_allowed_tokens_fn, processor._num_beams
             own[i] = PrefixConstrainedLogitsProcessor(
-                lambda place, ids, allowed=allowed: allowed(loop.batch_row(place), ids), 1
+                lambda row, ids, allowed=allowed: allowed(row, ids) if loop.processes(row) else [0],
+                beams,
             )
     return own

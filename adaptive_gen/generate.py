@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .decoding import TokenLoop
 from .errors import OptionError
+from .resume import AdaptiveCache
 from .settings import resolve, state
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class AdaptiveMixin(_CausalLM):
             logits_processor,
             stopping_criteria,
             None if handover else streamer,
+            _past(model_kwargs, len(lengths)),
         )
         if handover:
             return loop
@@ -126,6 +128,18 @@ def _refuse(config: Any, mode_kwargs: dict[str, Any]) -> None:
         )
 
 
+def _past(model_kwargs: dict[str, Any], rows: int) -> AdaptiveCache | None:
+    """What an earlier adaptive generation left, if it was given."""
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, AdaptiveCache):
+        return None
+    if rows > 1:
+        raise OptionError(
+            f"past_key_values of one text cannot be continued by {rows}; leave them out."
+        )
+    return cache
+
+
 def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
     """Tokens of each prompt [rows, time] without its left padding.
 
@@ -145,9 +159,8 @@ def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int
     }
     extra = [k for k, v in model_kwargs.items() if v is not None and k not in known]
     cache = model_kwargs.get("past_key_values")
-    if cache is not None and (
-        cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
-    ):
+    foreign = cache is not None and not isinstance(cache, AdaptiveCache)
+    if foreign and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
         extra.append("past_key_values")
     if extra:
         raise OptionError(

@@ -7,6 +7,7 @@ from .decoding import TokenLoop
 from .errors import OptionError
 from .generate import LoopHandover
 from .report import Report
+from .resume import AdaptiveCache
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -50,6 +51,11 @@ class Stream:
     def report(self) -> Report:
         """The account of what has been decoded so far."""
         return self._loop.report()
+
+    @property
+    def cache(self) -> AdaptiveCache | None:
+        """What the next stream can start from, given as its `past_key_values`."""
+        return self._loop.cache()
 
     def close(self) -> None:
         """Stop decoding; the model is as it was before."""

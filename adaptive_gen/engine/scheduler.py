@@ -88,7 +88,7 @@ class Scheduler:
         Args:
             decoder: embeds and reads out.
             segments: the model's layers, in order, without gaps.
-            cache: empty, with a row per text.
+            cache: with a row per text, empty or as far as its text has been run before.
             policy: asked at the end of every segment but the last.
             confidences: what the policy is shown.
             rules: how tokens move.
@@ -115,13 +115,14 @@ class Scheduler:
         so an approximation here would never fade.
 
         Args:
-            ids: [rows, time], each row's tokens first, filled up at the end.
+            ids: [rows, time], each row's tokens first, filled up at the end. What the cache holds
+                already goes before them.
             counts: tokens of each row; None is `time` for all.
         """
         counts = counts or [ids.shape[1]] * len(self.rows)
         self.queues[0].push(self.decoder.embed(ids), counts)
-        for row, count in zip(self.rows, counts, strict=True):
-            row.stage, row.prompt, row.deep = 0, count, self.rules.prefill == "full"
+        for row, count, held in zip(self.rows, counts, self.cache.lengths[0], strict=True):
+            row.stage, row.prompt, row.deep = 0, held + count, self.rules.prefill == "full"
 
     def feed(self, rows: tuple[int, ...], tokens: Tensor) -> None:
         """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
