@@ -269,7 +269,7 @@ def _compare(model: FusedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, 10), generator=generator)
     for part in ids.split([5, 1, 3, 1], dim=1):
-        hidden = decoder.embed(part)
+        hidden = decoder.embed(part, caches[1].lengths[0])
         ours = whole.run(hidden, caches[0])
         theirs = decoder.run(hidden, 0, decoder.n_layers, caches[1])
         tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5

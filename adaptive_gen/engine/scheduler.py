@@ -82,7 +82,7 @@ class Scheduler:
             token: the newest token of the text.
             position: index, among the new tokens, of the token this readout chooses.
         """
-        self.queues[0].append(self.decoder.embed(token))
+        self.queues[0].append(self.decoder.embed(token, self.cache.lengths[0]))
         last = len(self.segments) - 1
         for index in range(last):
             newest = self._advance(index)
