@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .engine.positions import FULL, SLIDING
 from .errors import ModelError
 
 # Llama's name first: it is the one that messages use.
@@ -32,6 +33,24 @@ class Unrotated(nn.Module):
         return nothing, nothing
 
 
+def _check_attention(model: Any) -> None:
+    """Raise `ModelError` for attention that hidden states, masks and K/V alone do not determine."""
+    config = model.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if unknown:
+        raise ModelError(
+            f"{type(model).__name__} has attention of type {', '.join(sorted(unknown))}, which "
+            f"cannot be run layer by layer; {FULL} and {SLIDING} can. Use the model without "
+            "adaptive_gen."
+        )
+    if getattr(config, "alibi", False):
+        raise ModelError(
+            f"{type(model).__name__} places tokens by ALiBi (config.alibi=True), which cannot be "
+            "run layer by layer; rotary and learned positions can. Use the model without "
+            "adaptive_gen."
+        )
+
+
 class Parts:
     """Embeddings, layers and final norm of a causal LM, whatever they are called."""
 
@@ -42,6 +61,7 @@ class Parts:
             ModelError: one is missing, or its layers need what is not known here.
         """
         base: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+        _check_attention(model)
         names = {
             part: next((name for name in known if hasattr(base, name)), None)
             for part, known in _NAMES.items()
@@ -56,16 +76,16 @@ class Parts:
                 "causal LM with embed_tokens, layers, norm, rotary_emb (or what GPT-2, GPT-NeoX, "
                 "OPT, Falcon and Phi call them) and an LM head."
             )
-        if getattr(model.config, "alibi", False):
-            raise ModelError(
-                f"{type(model).__name__} places tokens by ALiBi (config.alibi=True), and only "
-                "rotary or learned positions can be run layer by layer. Use the model without "
-                "adaptive_gen."
-            )
         self.base, self._names = base, cast(dict[str, str], names)
         self.rotary_emb: nn.Module = getattr(base, "rotary_emb", None) or Unrotated()
         self._rotated = hasattr(base, "rotary_emb")
         known = inspect.signature(type(self.layers[0]).forward).parameters
+        width = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
+        if "per_layer_input" in known and width:
+            raise ModelError(
+                f"{type(model).__name__} gives every layer an input of its own (per_layer_input), "
+                "so it cannot be run layer by layer. Use the model without adaptive_gen."
+            )
         self._cache = next((name for name in _CACHE_KEYWORDS if name in known), _CACHE_KEYWORDS[0])
         self._extra = {"alibi": None} if "alibi" in known else {}
         # Falcon's eager attention adds its mask without asking whether there is one.

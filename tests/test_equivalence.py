@@ -48,7 +48,7 @@ def prompt(length, vocab=96, seed=3):
     return torch.randint(2, vocab, (1, length), generator=generator)
 
 
-@cases(("length", "new"), one=(1, 64), short=(7, 64), slid=(WINDOW + 4, 32))
+@cases(("length", "new"), one=(1, 48), short=(7, 48), slid=(WINDOW + 4, 24))
 def test_never_exiting_is_transformers_greedy(family, engine, length, new):
     model = adaptive_gen.wrap(families.make(family), exit_layers=[2, 4], engine=engine)
     settings = {"input_ids": prompt(length), "max_new_tokens": new, "do_sample": False}
@@ -174,9 +174,7 @@ def naive_propagation(model, ids, prompt_length, exit_layers):
                 # The whole layer runs and its output is dropped: only its K/V are wanted.
                 kind = decoder.positions.layer_types[layer]
                 shadow = _Recorder()
-                parts.call(
-                    layer, hidden, None, block.position_ids, block.embeddings[kind], shadow
-                )
+                parts.call(layer, hidden, None, block.position_ids, block.embeddings[kind], shadow)
                 cache.update(*shadow.block, layer)
     return cache
 
@@ -249,4 +247,4 @@ def test_the_back_ends_give_the_same_keys_and_values(family):
         )
         for engine in ("module", "fused")
     ]
-    assert_same_cache(*caches, 1e-5)
+    assert_same_cache(*caches, 5e-5)  # keys of size 10, and norms of the module in float32
