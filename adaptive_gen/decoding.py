@@ -132,7 +132,7 @@ class TokenLoop:
     def _choose(self, readout: Readout) -> Tensor:
         """Pick the next token, [1], from the processed scores."""
         # Processors may write in place, and transformers shows them float32 whatever the model's.
-        logits = readout.logits.to(copy=True, dtype=torch.float32)
+        logits = readout.logits.to(self.input_ids.device, torch.float32, copy=True)
         scores = self.logits_processor(self.input_ids, logits)
         if self.config.output_scores:
             self.scores.append(scores)

@@ -218,7 +218,8 @@ def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     for module in linears:
         if type(module) is not nn.Linear:
-            raise Unfit(f"it has a {type(module).__name__} in place of a linear layer")
+            kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+            raise Unfit(f"it has {kind} in place of a linear layer")
     if any(m.bias is not None for m in linears[4:]):
         raise Unfit("its MLP has biases")
     scale = attention.scaling
