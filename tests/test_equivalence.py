@@ -48,7 +48,7 @@ def prompt(length, vocab=96, seed=3):
     return torch.randint(2, vocab, (1, length), generator=generator)
 
 
-@cases(("length", "new"), one=(1, 48), short=(7, 48), slid=(WINDOW + 4, 24))
+@cases(("length", "new"), one=(1, 32), short=(7, 32), slid=(WINDOW + 4, 16))
 def test_never_exiting_is_transformers_greedy(family, engine, length, new):
     model = adaptive_gen.wrap(families.make(family), exit_layers=[2, 4], engine=engine)
     settings = {"input_ids": prompt(length), "max_new_tokens": new, "do_sample": False}
@@ -62,7 +62,7 @@ def test_never_exiting_draws_transformers_samples(family, engine):
     model = adaptive_gen.wrap(families.make(family), engine=engine)
     settings = {
         "input_ids": prompt(9),
-        "max_new_tokens": 32,
+        "max_new_tokens": 24,
         "do_sample": True,
         "temperature": 0.8,
         "top_p": 0.9,
@@ -105,7 +105,7 @@ schedules = cases(
 )
 
 
-def decode(model, ids, policy, kv="recompute", steps=40, queue_cap=16):
+def decode(model, ids, policy, kv="recompute", steps=24, queue_cap=16):
     """Greedy decoding on a scheduler of our own; returns it, the text, and each token's exit."""
     decoder = state(model).decoder
     scheduler = Scheduler(
@@ -215,11 +215,11 @@ def test_exiting_at_one_layer_is_the_truncated_model(family, double_softmax):
         adaptive=True,
         threshold=0.0,
         kv="recompute",
-        max_new_tokens=30,
+        max_new_tokens=20,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    assert out.exit_layers.tolist() == [[6] + [4] * 29]
+    assert out.exit_layers.tolist() == [[6] + [4] * 19]
     (_, shallow), _ = state(model).decoder.readouts(out.sequences[:, :-1], (4, 6))
     ours = torch.stack(out.logits[1:], dim=1)
     torch.testing.assert_close(ours, shallow[:, 12:].float(), atol=1e-4, rtol=0)
