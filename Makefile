@@ -4,6 +4,7 @@
 #   make test    install with the test tools, run the tests
 #   make check   lint and test
 #   make fix     format and mend what ruff can
+#   make support-table   write the README's table of model families anew
 #   make clean   remove .venv and build leftovers
 
 SUPPORTED := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := adaptive_gen train calibrate tests benchmarks
 
-.PHONY: demo test lint check fix clean
+.PHONY: demo test lint check fix support-table clean
 
 demo: .venv/installed
 	$(BIN)/adaptive-gen generate "Once upon a time, there was a little dog who" --max-new-tokens 120
@@ -33,6 +34,9 @@ check: lint test
 fix: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+support-table: .venv/installed-dev
+	$(BIN)/python tests/support_table.py
 
 clean:
 	rm -rf .venv build dist adaptive_gen.egg-info .pytest_cache .ruff_cache

@@ -4,16 +4,17 @@ Axes: `batch`, `time`, `hidden`, `vocab`. Depth is an argument: the model's conf
 read and never written. Which models qualify is decided by `probe`, not by a list of names.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .engine.cache import Block, KVCache, Span, StoreOnly
 from .engine.positions import Positions
 from .errors import ModelError
 from .head import Head
+from .naming import Parts
 
 
 class Decoder:
@@ -23,31 +24,33 @@ class Decoder:
         """Find the parts of `model`.
 
         Raises:
-            ModelError: it is no decoder with embed_tokens, layers, norm, rotary_emb and an LM head.
+            ModelError: one is missing, or there is nothing to leave early.
         """
-        name = type(model).__name__
-        base: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        parts = ("embed_tokens", "layers", "norm", "rotary_emb")
-        missing = [p for p in parts if not hasattr(base, p)]
-        if missing:
-            raise ModelError(
-                f"{name} has no {', '.join(missing)}; adaptive depth needs a causal LM with "
-                f"{', '.join(parts)} and an LM head, such as Llama, Mistral, Qwen or Gemma."
-            )
-        self.name = name
+        self.name = name = type(model).__name__
+        self._parts, self._head = Parts(model), Head(model)
         self.config = config = model.config.get_text_config()
-        self.layers = cast(nn.ModuleList, base.layers)
         self.n_layers = len(self.layers)
         if self.n_layers < 2:
             raise ModelError(f"{name} has 1 layer; adaptive depth needs at least 2.")
-        self._embed_tokens, self._norm, self._head = base.embed_tokens, base.norm, Head(model)
-        self.positions = Positions(base, config, self.n_layers)
-        self._embedding_scale = getattr(base, "embedding_multiplier", None)
+        self.positions = Positions(self._parts, config, self.n_layers)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [batch, time] -> hidden states [batch, time, hidden] before the first layer."""
-        hidden = self._embed_tokens(ids)
-        return hidden if self._embedding_scale is None else hidden * self._embedding_scale
+    @property
+    def layers(self) -> Any:
+        """The model's decoder layers, in order."""
+        return self._parts.layers
+
+    def embed(self, ids: Tensor, start: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """Token ids [batch, time] -> hidden states [batch, time, hidden] before the first layer.
+
+        Args:
+            ids: token ids, [batch, time].
+            start: position of the first token of every row, or of each row ([batch]); it matters
+                to families with learned positions.
+        """
+        if not self._parts.learned_positions:
+            return self._parts.embed(ids)
+        first = torch.as_tensor(start, device=ids.device).reshape(-1, 1)
+        return self._parts.embed(ids, first + torch.arange(ids.shape[1], device=ids.device))
 
     def run(
         self, hidden: Tensor, start: int, stop: int, cache: KVCache, span: Span | None = None
@@ -88,13 +91,8 @@ class Decoder:
 
     def _call(self, index: int, hidden: Tensor, block: Any, cache: Any) -> Tensor:
         kind = self.positions.layer_types[index]
-        return self.layers[index](
-            hidden,
-            attention_mask=block.masks[kind],
-            position_ids=block.position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            position_embeddings=block.embeddings[kind],
+        return self._parts.call(
+            index, hidden, block.masks[kind], block.position_ids, block.embeddings[kind], cache
         )
 
     def readout(self, hidden: Tensor) -> Tensor:
@@ -106,11 +104,11 @@ class Decoder:
         Returns:
             [..., vocab] with the model's own logit scale and soft-capping applied.
         """
-        return self._head(self._norm(hidden))
+        return self._head(self._parts.norm(hidden))
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., hidden] as the LM head sees them: through the final norm."""
-        return self._norm(hidden)
+        return self._parts.norm(hidden)
 
     @torch.no_grad()
     def readouts(self, ids: Tensor, exit_layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
@@ -173,8 +171,10 @@ def _split_run(decoder: Decoder, ids: Tensor) -> Tensor:
     cache = KVCache(n_layers, capacity=4)
     logits = []
     for part in ids[:, :9].split([5, 1, 3], dim=1):
-        shallow = decoder.run(decoder.embed(part), 0, middle, cache)
+        shallow = decoder.run(decoder.embed(part, cache.lengths[0]), 0, middle, cache)
         logits.append(decoder.readout(decoder.run(shallow, middle, n_layers, cache)))
-    waiting = [decoder.run(decoder.embed(ids[:, i, None]), 0, middle, cache) for i in (9, 10, 11)]
+    waiting = [
+        decoder.run(decoder.embed(ids[:, i, None], i), 0, middle, cache) for i in (9, 10, 11)
+    ]
     logits.append(decoder.readout(decoder.run(torch.cat(waiting, 1), middle, n_layers, cache)))
     return torch.cat(logits, 1)

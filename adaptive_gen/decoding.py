@@ -245,7 +245,7 @@ class TokenLoop:
     def _process(self, texts: list[_Text], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
         # Processors may write in place, and transformers shows them float32 whatever the model's.
-        logits = logits.to(copy=True, dtype=torch.float32)
+        logits = logits.to(self._ids.device, torch.float32, copy=True)
         ids, rows = self._seen(texts), [text.row for text in texts]
         self._processed = set(rows)
         if len(rows) == len(self.texts) or not self.logits_processor:

@@ -159,8 +159,11 @@ def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int
     }
     extra = [k for k, v in model_kwargs.items() if v is not None and k not in known]
     cache = model_kwargs.get("past_key_values")
-    foreign = cache is not None and not isinstance(cache, AdaptiveCache)
-    if foreign and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
+    if isinstance(cache, AdaptiveCache):
+        cache = None
+    if cache is not None and (
+        cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
+    ):
         extra.append("past_key_values")
     if extra:
         raise OptionError(

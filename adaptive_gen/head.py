@@ -20,10 +20,15 @@ class Head:
         if head is None:
             raise ModelError(f"{type(model).__name__} has no LM head; give a causal LM.")
         config = model.config.get_text_config()
-        self.linear: Any = head
+        self._model = model
         self.factor: float | None = getattr(config, "logit_scale", None)
         self.divisor: float | None = getattr(config, "logits_scaling", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def linear(self) -> Any:
+        """The head itself, looked up anew: adapters replace it on a model that is in use."""
+        return self._model.get_output_embeddings()
 
     @property
     def plain(self) -> bool:

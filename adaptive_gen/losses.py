@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .errors import ModelError, OptionError
+from .errors import OptionError
 from .exits import normalise, quarter_points
 from .head import Head
+from .naming import Parts
 
 try:  # documented since torch 2.13; older releases take the checkpointed chunks
     from torch.nn import LinearCrossEntropyOptions
@@ -114,11 +115,11 @@ def exit_states(
     model: nn.Module, input_ids: Tensor, exits: Sequence[int], **model_inputs: Any
 ) -> list[Tensor]:
     """Hidden states after each exit layer, normed and ready for the LM head; one forward."""
-    backbone = _backbone(model)
+    parts = Parts(model)
     caught: dict[int, Tensor] = {}
-    with _catching(backbone.layers, exits[:-1], caught):
-        last = backbone(input_ids=input_ids, use_cache=False, **model_inputs).last_hidden_state
-    return [backbone.norm(caught[e]) for e in exits[:-1]] + [last]
+    with _catching(parts.layers, exits[:-1], caught):
+        out = parts.base(input_ids=input_ids, use_cache=False, **model_inputs)
+    return [parts.norm(caught[e]) for e in exits[:-1]] + [out.last_hidden_state]
 
 
 @contextmanager
@@ -137,16 +138,6 @@ def _catching(layers: Any, exits: Sequence[int], caught: dict[int, Tensor]):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _backbone(model: Any) -> Any:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
-        raise ModelError(
-            f"{type(model).__name__} has no decoder with `layers` and `norm`; "
-            "sorted training knows causal LMs of the Llama shape."
-        )
-    return decoder
 
 
 def _exit_sums(

@@ -37,7 +37,8 @@ def wrap(
     """Teach a loaded causal LM `generate(adaptive=True, ...)`, in place.
 
     Args:
-        model: any transformers causal LM that can be run layer by layer; it is probed for that.
+        model: any transformers causal LM that can be run layer by layer; it is probed for that. A
+            PEFT model too: the causal LM inside it is wrapped, adapters and all.
         exit_layers: layers after which a token may leave, counts in 1..n_layers. Default: the
             calibration's, else `model.config.exit_layers`, else the quarter points.
         calibration: an artefact or the path of one.
@@ -58,6 +59,7 @@ def wrap(
         raise OptionError(
             f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
         )
+    given, model = model, _under_adapters(model)
     if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
         raise ModelError(
             f"{type(model).__name__} has no generate(); adaptive depth needs a transformers causal "
@@ -90,7 +92,20 @@ def wrap(
             setattr(model.generation_config, name, None)
     # Saved as derived from the model configuration, a generation config loses our fields on reload.
     model.generation_config._from_model_config = False
-    return model
+    return given
+
+
+def _under_adapters(model: Any) -> Any:
+    """The causal LM inside a PEFT model; any other model itself."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not hasattr(model, "get_base_model"):
+        return model
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{config.peft_type.value} adapters feed the model learned prompts besides tokens, "
+            "which adaptive depth cannot honour. Use LoRA or the like, or the model without it."
+        )
+    return model.get_base_model()
 
 
 def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
@@ -13,6 +14,11 @@ from .segment import Segment, module_segments
 ENGINES = ("auto", "fused", "module")
 # `fused` works on copies of the layers' weights; beyond this they are only made when asked for.
 MOST_COPIED_BYTES = 2 << 30
+
+
+def _hooked(module: Any) -> bool:
+    """Whether calling the module does more than its class says; accelerate has hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
 class Backend:
@@ -71,9 +77,12 @@ class Backend:
             return "engine='module' was asked for"
         if layers.training:
             return "the model is in training mode"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in layers.modules()):
+        if any(map(_hooked, layers.modules())):
             return "hooks on its layers would not be called"
         weights = list(layers.parameters())
+        quantised = {type(w).__name__ for w in weights if type(w) is not nn.Parameter}
+        if quantised:
+            return f"its weights are no plain tensors but {', '.join(sorted(quantised))}"
         size = sum(w.numel() * w.element_size() for w in weights)
         if self.engine == "auto" and size > MOST_COPIED_BYTES:
             return f"copies of its layers would take {size / 2**30:.1f} GiB"

@@ -213,7 +213,8 @@ def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     for module in linears:
         if type(module) is not nn.Linear:
-            raise Unfit(f"it has a {type(module).__name__} in place of a linear layer")
+            kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+            raise Unfit(f"it has {kind} in place of a linear layer")
     if any(m.bias is not None for m in linears[4:]):
         raise Unfit("its MLP has biases")
     scale = attention.scaling
@@ -264,7 +265,7 @@ def _compare(model: FusedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, 10), generator=generator)
     for part in ids.split([5, 1, 3, 1], dim=1):
-        hidden = decoder.embed(part)
+        hidden = decoder.embed(part, caches[1].lengths[0])
         ours = whole.run(hidden, caches[0])
         theirs = decoder.run(hidden, 0, decoder.n_layers, caches[1])
         tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5

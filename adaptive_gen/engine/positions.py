@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, OptionError
+from ..errors import OptionError
 from .cache import Span
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -38,9 +38,6 @@ class Positions:
             base_model: the decoder without its head.
             config: its text configuration.
             n_layers: decoder layers.
-
-        Raises:
-            ModelError: an attention pattern that is neither full nor a sliding window.
         """
         self._config = config
         self._rotary = base_model.rotary_emb
@@ -49,12 +46,6 @@ class Positions:
         listed = getattr(config, "layer_types", None)
         default = FULL if self.window is None else SLIDING
         self.layer_types: list[str] = list(listed) if listed else [default] * n_layers
-        unknown = set(self.layer_types) - {FULL, SLIDING}
-        if unknown:
-            raise ModelError(
-                f"attention of type {', '.join(sorted(unknown))} cannot be run layer by layer; "
-                f"{FULL} and {SLIDING} can. Use the model without adaptive_gen."
-            )
         self.types = sorted(set(self.layer_types))
         rope = getattr(self._rotary, "rope_type", "default")
         rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}

@@ -120,14 +120,15 @@ class Scheduler:
             counts: tokens of each row; None is `time` for all.
         """
         counts = counts or [ids.shape[1]] * len(self.rows)
-        self.queues[0].push(self.decoder.embed(ids), counts)
+        self.queues[0].push(self.decoder.embed(ids, self.cache.lengths[0]), counts)
         for row, count, held in zip(self.rows, counts, self.cache.lengths[0], strict=True):
             row.stage, row.prompt, row.deep = 0, held + count, self.rules.prefill == "full"
 
     def feed(self, rows: tuple[int, ...], tokens: Tensor) -> None:
         """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
         every = None if len(rows) == len(self.rows) else rows
-        self.queues[0].push(self.decoder.embed(tokens), [1] * len(rows), every)
+        starts = [self.cache.lengths[0][row] for row in rows]
+        self.queues[0].push(self.decoder.embed(tokens, starts), [1] * len(rows), every)
         for index in rows:
             row = self.rows[index]
             row.stage, row.deep, row.checks = 0, False, ()
