@@ -12,6 +12,7 @@ from adaptive_gen.calibrate.search import Candidate, Target
 from adaptive_gen.calibrate.trace import Trace, padded
 from adaptive_gen.calibrate.verify import Measured, choose, seek
 from adaptive_gen.calibration import ConfidenceMap
+from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.scheduler import Scheduler
 from adaptive_gen.errors import Unreachable
 
@@ -88,7 +89,8 @@ def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
                 CountedSegment(decoder, a, b) for a, b in zip((0, *ends), ends, strict=False)
             ]
             policy = Traced(text, threshold, checked)
-            scheduler = Scheduler(decoder, segments, None, policy, lambda *_: 0.0, queue_cap=3)
+            cache = KVCache(decoder.n_layers)
+            scheduler = Scheduler(decoder, segments, cache, policy, lambda *_: 0.0, queue_cap=3)
             depths = [EXITS[-1]]
             depths += [scheduler.decode(token(), p).exit_layer for p in range(1, length)]
             for position, exit_layer in enumerate(depths):
