@@ -14,7 +14,7 @@ from .engine.cache import Block, KVCache, Span, StoreOnly
 from .engine.positions import Positions
 from .errors import ModelError
 from .head import Head
-from .naming import Parts
+from .naming import Parts, check_attention
 
 
 class Decoder:
@@ -24,10 +24,13 @@ class Decoder:
         """Find the parts of `model`.
 
         Raises:
-            ModelError: one is missing, or there is nothing to leave early.
+            ModelError: one is missing, the layers need more than hidden states, positions, masks
+                and K/V, or there is but one.
         """
         self.name = name = type(model).__name__
+        check_attention(model)
         self._parts, self._head = Parts(model), Head(model)
+        self._parts.check_layers()
         self.config = config = model.config.get_text_config()
         self.n_layers = len(self.layers)
         if self.n_layers < 2:

@@ -1,8 +1,8 @@
 """What the parts of a causal LM are called: one view of them for every naming in use.
 
-Most families use Llama's names. GPT-2, GPT-NeoX, OPT, Falcon and Phi have their own, and the first
-three place tokens by learned embeddings or call the cache otherwise. Parts are looked up by name at
-every use, so a module that is replaced later (an adapter on the LM head, say) is the one that runs.
+Most families use Llama's names. GPT-2, GPT-NeoX, OPT, Falcon and Phi have their own; GPT-2 and OPT
+also place tokens by learned embeddings instead of rotating keys. Parts are looked up by name at
+every use, so a module that is replaced later (an adapter on the embedding, say) is what runs.
 """
 
 import inspect
@@ -33,7 +33,7 @@ class Unrotated(nn.Module):
         return nothing, nothing
 
 
-def _check_attention(model: Any) -> None:
+def check_attention(model: Any) -> None:
     """Raise `ModelError` for attention that hidden states, masks and K/V alone do not determine."""
     config = model.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
@@ -51,6 +51,14 @@ def _check_attention(model: Any) -> None:
         )
 
 
+def _lacking(model: Any, missing: list[str]) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} has no {', '.join(missing)}; adaptive depth needs a causal LM "
+        "with embed_tokens, layers, norm, rotary_emb (or what GPT-2, GPT-NeoX, OPT, Falcon and "
+        "Phi call them) and an LM head."
+    )
+
+
 class Parts:
     """Embeddings, layers and final norm of a causal LM, whatever they are called."""
 
@@ -58,38 +66,40 @@ class Parts:
         """Find the parts of `model`.
 
         Raises:
-            ModelError: one is missing, or its layers need what is not known here.
+            ModelError: one is missing.
         """
         base: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        _check_attention(model)
         names = {
             part: next((name for name in known if hasattr(base, name)), None)
             for part, known in _NAMES.items()
         }
         missing = [part for part, name in names.items() if name is None]
-        self._positions = next((name for name in _LEARNED_POSITIONS if hasattr(base, name)), None)
-        if self._positions is None and not hasattr(base, "rotary_emb"):
-            missing.append("rotary_emb")
         if missing:
-            raise ModelError(
-                f"{type(model).__name__} has no {', '.join(missing)}; adaptive depth needs a "
-                "causal LM with embed_tokens, layers, norm, rotary_emb (or what GPT-2, GPT-NeoX, "
-                "OPT, Falcon and Phi call them) and an LM head."
-            )
-        self.base, self._names = base, cast(dict[str, str], names)
+            raise _lacking(model, missing)
+        self.base, self._names, self._model = base, cast(dict[str, str], names), model
+        self._positions = next((name for name in _LEARNED_POSITIONS if hasattr(base, name)), None)
         self.rotary_emb: nn.Module = getattr(base, "rotary_emb", None) or Unrotated()
-        self._rotated = hasattr(base, "rotary_emb")
-        known = inspect.signature(type(self.layers[0]).forward).parameters
-        width = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
-        if "per_layer_input" in known and width:
-            raise ModelError(
-                f"{type(model).__name__} gives every layer an input of its own (per_layer_input), "
-                "so it cannot be run layer by layer. Use the model without adaptive_gen."
-            )
+        known = self._layer_keywords()
         self._cache = next((name for name in _CACHE_KEYWORDS if name in known), _CACHE_KEYWORDS[0])
         self._extra = {"alibi": None} if "alibi" in known else {}
         # Falcon's eager attention adds its mask without asking whether there is one.
         self._always_mask = bool(self._extra) and model.config._attn_implementation == "eager"
+
+    def check_layers(self) -> None:
+        """Raise `ModelError` if the layers need what `call` does not give them."""
+        if self._positions is None and isinstance(self.rotary_emb, Unrotated):
+            raise _lacking(self._model, ["rotary_emb"])
+        config = self._model.config.get_text_config()
+        width = getattr(config, "hidden_size_per_layer_input", 0)
+        if width and "per_layer_input" in self._layer_keywords():
+            raise ModelError(
+                f"{type(self._model).__name__} gives every layer an input of its own "
+                "(per_layer_input), so it cannot be run layer by layer. Use the model without "
+                "adaptive_gen."
+            )
+
+    def _layer_keywords(self) -> Any:
+        return inspect.signature(type(self.layers[0]).forward).parameters
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -155,7 +165,7 @@ class Parts:
             "use_cache": True,
             **self._extra,
         }
-        if self._rotated:
+        if not isinstance(self.rotary_emb, Unrotated):
             keywords["position_embeddings"] = position_embeddings
         out = self.layers[index](hidden, **keywords)
         return out[0] if isinstance(out, tuple) else out

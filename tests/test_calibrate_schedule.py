@@ -23,7 +23,7 @@ class Counted:
     n_layers: int = EXITS[-1]
     counts: dict = field(default_factory=lambda: dict.fromkeys(("layers", "rows", "readouts"), 0))
 
-    def embed(self, ids):
+    def embed(self, ids, start=0):
         return torch.zeros(1, ids.shape[1], 1)
 
     def readout(self, hidden):

@@ -100,3 +100,19 @@ def test_a_text_longer_than_the_learned_positions_fails_as_in_transformers():
         assert out.shape == (1, 24)
         with pytest.raises(IndexError):
             model.generate(**settings, adaptive=adaptive, threshold=1.0, max_new_tokens=30)
+
+
+def test_a_family_that_cannot_be_wrapped_may_still_be_trained():
+    """The sorted loss runs the whole model and reads its layers out: it needs no cache or mask."""
+    model = families.build("qwen3_next", REFUSED["qwen3_next"][0])
+    ids = torch.randint(2, 96, (2, 9))
+    assert list(sorted_losses(model, ids, ids, exit_layers=[2, 4]).per_exit) == [2, 4, 6]
+
+
+@named_differently
+def test_a_saved_model_is_loaded(family, byte_tokenizer, tmp_path):
+    families.make(family, vocab_size=259).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = adaptive_gen.load(tmp_path, exit_layers=[3])
+    chunks = list(adaptive_gen.stream(model, tokenizer, "abc", threshold=0.0, max_new_tokens=6))
+    assert [chunk.exit_layer for chunk in chunks] == [6] + [3] * 5
