@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration, OperatingPoint
     from .decoding import AdaptiveOutput, Report
     from .errors import AdaptiveGenError
+    from .exporting import export
     from .losses import sorted_loss
     from .policy import (
         DecayingThreshold,
@@ -40,6 +41,7 @@ _HOME = {
     "OperatingPoint": "calibration",
     "Report": "decoding",
     "ThresholdPolicy": "policy",
+    "export": "exporting",
     "load": "wrapping",
     "sorted_loss": "losses",
     "stream": "streaming",
@@ -59,6 +61,7 @@ __all__ = [
     "OperatingPoint",
     "Report",
     "ThresholdPolicy",
+    "export",
     "load",
     "sorted_loss",
     "stream",
