@@ -197,6 +197,7 @@ def _wait_for(server, address, log):
     raise AssertionError(log.read_text())
 
 
+@pytest.mark.slow
 def test_transformers_serve_decodes_adaptively(client, exported):
     asked = {"model": str(exported), "messages": [{"role": "user", "content": "say"}]}
 
