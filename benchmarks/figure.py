@@ -8,7 +8,10 @@ from typing import Any
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 30, 56, 60
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"),
+    *("#e69f00", "#555555", "#882255", "#999933", "#332288"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,15 @@ def speed_against_agreement(result: Mapping[str, Any]) -> str:
 
 
 def growth(points: Sequence[Mapping[str, Any]]) -> str:
-    """One axis of the sweep: tokens/s of every arm, decoding alone where it is known."""
+    """One axis of the sweep: tokens/s of every arm, prefill left out."""
     axis = points[0]["axis"]
     series = []
     for name, arm in points[0]["arms"].items():
-        values = [
-            (
-                p["value"],
-                p["arms"][name].get("decode_tokens_per_s") or p["arms"][name]["tokens_per_s"],
-            )
-            for p in points
-            if name in p["arms"]
-        ]
+        speeds = [(p["value"], p["arms"][name]["decode_tokens_per_s"]) for p in points]
+        values = [(value, speed) for value, speed in speeds if speed is not None]
         series.append(Series(arm["label"].replace("`", ""), values, joined=True))
     x = Axis.around(axis, [p["value"] for p in points], logarithmic=True)
-    y = Axis.around("tokens/s", [0.0, *(v for one in series for _, v in one.points)])
+    y = Axis.around(
+        "tokens decoded per second", [0.0, *(v for one in series for _, v in one.points)]
+    )
     return chart(f"{points[0]['model']}: tokens/s against {axis}", x, y, series)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from . import end_to_end, figure, mechanism, micro, sweep
 from .shapes import BY_NAME, SMALL, TRUE, Shape
 
 TRACKS = ("mechanism", "end_to_end", "sweep", "micro")
+Save = Callable[[Any], None]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,11 +40,15 @@ def main() -> None:
         "mechanism": _mechanism,
         "end_to_end": _end_to_end,
         "sweep": _sweep,
-        "micro": lambda args: micro.run(args.device),
+        "micro": lambda args, save: save(micro.run(args.device)),
     }
     for track in args.track or TRACKS[:2]:
-        document[track] = run[track](args)
-        _write(document, args.out, stem)  # after each: a run cut short keeps what it finished
+
+        def save(found: Any, track: str = track) -> None:
+            document[track] = found
+            _write(document, args.out, stem)
+
+        run[track](args, save)
     ui.text(str(args.out / f"{stem}.json"))
 
 
@@ -57,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=int, default=5, help="repetitions; medians count (default 5)")
     add("--tokens", type=int, default=64, help="new tokens of a text (default 64)")
-    add("--prompts", type=int, default=24, help="end to end: how many (default 24)")
+    add("--prompts", type=int, default=24, help="how many (default 24; mechanism: at most 3)")
     add("--no-compile", action="store_true", help="leave compiled transformers out")
     add("--out", type=Path, default=RESULTS, help="where results go")
     args = parser.parse_args()
@@ -76,7 +81,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m benchmarks.suite", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "commit": bench.commit(),
+        "commit": bench.commit() or os.environ.get("BENCH_COMMIT"),
         **bench.environment(where),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
@@ -86,7 +91,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _mechanism(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _mechanism(args: argparse.Namespace, save: Save) -> None:
     found = []
     for shape in _shapes(args, TRUE if args.device == "cuda" else SMALL):
         found.append(
@@ -94,18 +99,18 @@ def _mechanism(args: argparse.Namespace) -> list[dict[str, Any]]:
                 shape,
                 args.device,
                 tokens=args.tokens,
-                prompts=3,
+                prompts=min(3, args.prompts),
                 prompt_length=16,
                 rounds=args.rounds,
                 compiled=not args.no_compile,
             )
         )
+        save(found)  # after each: a run cut short keeps what it finished
         _show(found[-1], args)
         _free()
-    return found
 
 
-def _end_to_end(args: argparse.Namespace) -> dict[str, Any]:
+def _end_to_end(args: argparse.Namespace, save: Save) -> None:
     model, tokenizer = adaptive_gen.load(args.model, device_map=args.device)
     found = end_to_end.run(
         model,
@@ -115,28 +120,27 @@ def _end_to_end(args: argparse.Namespace) -> dict[str, Any]:
         rounds=args.rounds,
         compiled=not args.no_compile,
     )
+    save(found)
     _show(found, args)
     _free()
-    return found
 
 
-def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    [shape] = _shapes(args, [BY_NAME["Llama-3.2-1B" if args.device == "cuda" else "8x128"]])
+def _sweep(args: argparse.Namespace, save: Save) -> None:
+    [shape] = _shapes(args, [BY_NAME["Llama-3.2-1B" if args.device == "cuda" else "16x256"]])
     axes = args.axis or list(sweep.AXES)
     found = sweep.run(shape, args.device, axes, tokens=args.tokens, rounds=args.rounds)
+    save(found)
     ui.table(
-        f"{shape.name}: new tokens per second",
-        ("", *found[0]["arms"], "adaptive, decoding"),
+        f"{shape.name}: tokens decoded per second, prefill left out",
+        ("", *(arm["label"] for arm in found[0]["arms"].values())),
         (
             (
                 f"{point['axis']} {point['value']}",
-                *(arm["tokens_per_s"] for arm in point["arms"].values()),
-                point["arms"]["adaptive"]["decode_tokens_per_s"],
+                *(arm["decode_tokens_per_s"] for arm in point["arms"].values()),
             )
             for point in found
         ),
     )
-    return found
 
 
 def _shapes(args: argparse.Namespace, default: Sequence[Shape]) -> list[Shape]:
@@ -193,10 +197,8 @@ def _free_name(recipe: dict[str, Any], folder: Path) -> str:
     if recipe["device"] == "cpu":
         hardware += f"-{recipe['cores']}core"
     stem = f"{recipe['date']}-{hardware}"
-    taken = (f"{stem}-{number}" for number in itertools.count(2))
-    while (folder / f"{stem}.json").exists():
-        stem = next(taken)
-    return stem
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (folder / f"{name}.json").exists())
 
 
 if __name__ == "__main__":

@@ -64,9 +64,12 @@ def _point(
     }
     prompts = peers.random_prompts(shape.vocab, at["context"], 1, device)
     measured = peers.measure(Stage(model), prompts, arms, tokens=tokens, rounds=rounds)
+    prefill = peers.measure(Stage(model), prompts, arms, tokens=1, rounds=rounds)
     rows = peers.judge(model, measured, arms, agree=False)
-    for name in (peers.REFERENCE, "adaptive"):  # a long prompt's prefill would hide the decoding
-        rows[name]["decode_tokens_per_s"] = measured.runs[name].decode_tokens_per_s
+    for name, row in rows.items():  # a long prompt's prefill would hide the decoding
+        decode_s = float((measured.runs[name].seconds - prefill.runs[name].seconds).sum())
+        row["prefill_s"] = float(prefill.runs[name].seconds.sum())
+        row["decode_tokens_per_s"] = (tokens - 1) / decode_s if decode_s > 0 else None
     return {"model": shape.name, "exit_layers": exit_layers, "arms": rows}
 
 
