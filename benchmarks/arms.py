@@ -16,6 +16,7 @@ from adaptive_gen.paired import Runs
 from adaptive_gen.settings import state
 
 REFERENCE = "full_depth"  # our own engine, never exiting: the headline's denominator
+COUNTS = ("deep_passes", "caught_up", "drafted", "accepted")  # of a report, summed over texts
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def judge(
                 "layer_speedup": layer_speedup,
                 "decode_tokens_per_s": runs.decode_tokens_per_s,
                 "realised_share": _share(row["wall_speedup"], layer_speedup),
+                **{name: sum(getattr(r, name) for r in runs.reports) for name in COUNTS},
             }
         rows[name] = row
     return rows

@@ -71,6 +71,7 @@ def test_arms_of_the_mechanism_run_at_the_depth_they_say(monkeypatch):
     for kv in ("recompute", "propagate"):
         expected = (4 * (deep + 1) + (20 - deep)) / 21
         assert rows[f"exit_0.25_{kv}"]["mean_depth"] == pytest.approx(expected)
+        assert rows[f"exit_0.25_{kv}"]["deep_passes"] >= deep
     assert {"cut_2", "transformers", "transformers_static", "transformers_early_exit"} <= set(rows)
     assert all(row["new_tokens"] == 21 for row in rows.values())
 
