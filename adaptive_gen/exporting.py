@@ -153,7 +153,8 @@ def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: boo
         _text_part(config)["exit_layers"] = _exits_within(model, decoder, layers)
     else:
         _text_part(config).pop("exit_layers", None)
-    _cut_config(_text_part(config), layers, decoder.n_layers)
+    depth = decoder.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    _cut_config(_text_part(config), depth, layers, decoder.n_layers)
     type(model.config).from_dict(config).save_pretrained(made)
     # A wrapped model has our fields, mostly empty, in its generation config.
     generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
@@ -181,9 +182,9 @@ def _exits_within(model: Any, decoder: Decoder, layers: int) -> list[int]:
     return list(exits.normalise([e for e in known if e < layers], layers))
 
 
-def _cut_config(config: dict[str, Any], layers: int, n_layers: int) -> None:
-    """Set the depth; shorten what names every layer: `layer_types`, `no_rope_layers`, ..."""
-    config["num_hidden_layers"] = layers
+def _cut_config(config: dict[str, Any], depth: str, layers: int, n_layers: int) -> None:
+    """Set the field `depth`; shorten what names every layer: `layer_types`, `no_rope_layers`, ..."""
+    config[depth] = layers
     for name, value in config.items():
         if "layer" in name and name != "exit_layers" and isinstance(value, list):
             if len(value) == n_layers:

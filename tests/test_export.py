@@ -149,8 +149,8 @@ def test_the_card_states_what_was_measured_of_this_exit(tmp_path, calibrated, ti
 def test_a_model_whose_layers_depend_on_their_number_is_refused(tmp_path, monkeypatch):
     cut = exporting._cut_config
 
-    def wrongly(config, layers, n_layers):
-        cut(config, layers, n_layers)
+    def wrongly(config, *depth):
+        cut(config, *depth)
         config["layer_types"] = config["layer_types"][::-1]
 
     monkeypatch.setattr(exporting, "_cut_config", wrongly)
