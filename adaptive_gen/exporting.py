@@ -183,7 +183,7 @@ def _exits_within(model: Any, decoder: Decoder, layers: int) -> list[int]:
 
 
 def _cut_config(config: dict[str, Any], depth: str, layers: int, n_layers: int) -> None:
-    """Set the field `depth`; shorten what names every layer: `layer_types`, `no_rope_layers`, ..."""
+    """Set the field `depth`; shorten what names every layer, such as `layer_types`."""
     config[depth] = layers
     for name, value in config.items():
         if "layer" in name and name != "exit_layers" and isinstance(value, list):
