@@ -23,7 +23,8 @@ def truncated(model, layers):
     """The same model with the later layers taken out, made without any of our code."""
     model = copy.deepcopy(model)
     base = model.get_decoder()
-    base.layers = base.layers[:layers]
+    [name] = [n for n, part in base.named_children() if isinstance(part, torch.nn.ModuleList)]
+    setattr(base, name, getattr(base, name)[:layers])
     model.config.num_hidden_layers = layers
     return model
 
@@ -45,18 +46,26 @@ def calibrated(tiny_llama):
     return adaptive_gen.wrap(model, [2], calibration)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sub_model_s_logits_are_the_exit_s_bit_for_bit(family, tied, tmp_path):
-    model = families.make(family, tie_word_embeddings=tied)
+def check_sub_model(model, folder):
     # Five of six: an odd number of layers where two kinds alternate.
-    adaptive_gen.export(model, tmp_path / "sub", exit_layer=5)
+    adaptive_gen.export(model, folder, exit_layer=5)
     stock = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "sub", attn_implementation=model.config._attn_implementation
+        folder, attn_implementation=model.config._attn_implementation
     )
     assert stock.config.num_hidden_layers == 5
     assert torch.equal(stock(IDS).logits, truncated(model, 5)(IDS).logits)
     assert not torch.equal(stock(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sub_model_s_logits_are_the_exit_s_bit_for_bit(family, tmp_path):
+    check_sub_model(families.make(family), tmp_path / "sub")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_so_they_are_with_tied_and_untied_heads(family, tied, tmp_path):
+    check_sub_model(families.make(family, tie_word_embeddings=tied), tmp_path / "sub")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
