@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import Calibration, OperatingPoint
-    from .decoding import AdaptiveOutput, Report
     from .errors import AdaptiveGenError
     from .exporting import export
     from .losses import sorted_loss
     from .policy import (
+        AllOf,
+        AnyOf,
+        Check,
         DecayingThreshold,
         ExitPolicy,
+        FirstAtFullDepth,
         FixedExit,
         MinimumExit,
         NeverExit,
+        Patience,
         ThresholdPolicy,
     )
+    from .report import AdaptiveOutput, Audit, Report
     from .streaming import Chunk, stream
     from .wrapping import load, wrap
 
@@ -30,16 +35,22 @@ __version__ = "0.1.0"
 # Resolved on first use: importing the package, as every command does, must not import torch.
 _HOME = {
     "AdaptiveGenError": "errors",
-    "AdaptiveOutput": "decoding",
+    "AdaptiveOutput": "report",
+    "AllOf": "policy",
+    "AnyOf": "policy",
+    "Audit": "report",
     "Calibration": "calibration",
+    "Check": "policy",
     "Chunk": "streaming",
     "DecayingThreshold": "policy",
     "ExitPolicy": "policy",
+    "FirstAtFullDepth": "policy",
     "FixedExit": "policy",
     "MinimumExit": "policy",
     "NeverExit": "policy",
     "OperatingPoint": "calibration",
-    "Report": "decoding",
+    "Patience": "policy",
+    "Report": "report",
     "ThresholdPolicy": "policy",
     "export": "exporting",
     "load": "wrapping",
@@ -51,14 +62,20 @@ _HOME = {
 __all__ = [
     "AdaptiveGenError",
     "AdaptiveOutput",
+    "AllOf",
+    "AnyOf",
+    "Audit",
     "Calibration",
+    "Check",
     "Chunk",
     "DecayingThreshold",
     "ExitPolicy",
+    "FirstAtFullDepth",
     "FixedExit",
     "MinimumExit",
     "NeverExit",
     "OperatingPoint",
+    "Patience",
     "Report",
     "ThresholdPolicy",
     "export",

@@ -5,10 +5,13 @@ in [0, 1], higher = surer, and is invariant to adding a constant to the logits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import OptionError
 
 DEFAULT = "margin"
 
@@ -38,3 +41,54 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_prob": max_prob,
     "entropy": entropy,
 }
+
+GATE = "gate"
+Maps = Mapping[str, Mapping[int, Callable[[float], float]]]
+
+
+class Confidences:
+    """What policies are shown: a measure of readouts, calibrated where there is a map for it.
+
+    The gate is the one measure that reads hidden states, so that no LM head has to run for a token
+    that stays.
+    """
+
+    def __init__(self, measure: str = DEFAULT, maps: Maps | None = None, gate: Any = None):
+        """Choose a measure.
+
+        Args:
+            measure: one of `MEASURES`, or "gate".
+            maps: measure -> exit layer -> map from the raw measure to a chance of agreement.
+            gate: (normed hidden states [rows, hidden], exit layer) -> raw confidence [rows].
+
+        Raises:
+            OptionError: an unknown measure, or "gate" without one.
+        """
+        if measure != GATE and measure not in MEASURES:
+            raise OptionError(
+                f"confidence={measure!r} is unknown; use one of {', '.join([*MEASURES, GATE])}."
+            )
+        if measure == GATE and gate is None:
+            raise OptionError(
+                "confidence='gate' needs a trained gate and this model's calibration has none; "
+                "run `calibrate run --gate`, or use another measure."
+            )
+        self.measure, self.maps, self.gate = measure, maps or {}, gate
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the measure works without logits."""
+        return self.measure == GATE
+
+    def of_hidden(self, hidden: Tensor, exit_layer: int) -> list[float]:
+        """The gate's confidence in each row of normed hidden states [rows, hidden]."""
+        return self._mapped(GATE, self.gate(hidden, exit_layer).tolist(), exit_layer)
+
+    def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
+        """The confidence in each row of logits [rows, vocab], by another `measure` if named."""
+        name = measure or self.measure
+        return self._mapped(name, MEASURES[name](logits).tolist(), exit_layer)
+
+    def _mapped(self, name: str, raw: list[float], exit_layer: int) -> list[float]:
+        by_layer = self.maps.get(name, {})
+        return [by_layer[exit_layer](r) for r in raw] if exit_layer in by_layer else raw

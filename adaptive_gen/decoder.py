@@ -1,6 +1,6 @@
 """A Hugging Face causal LM seen as four things: embed, run layers a..b, store K/V only, read out.
 
-Axes: `batch` (1), `time`, `hidden`, `vocab`. Depth is an argument: the model's configuration is
+Axes: `batch`, `time`, `hidden`, `vocab`. Depth is an argument: the model's configuration is
 read and never written. Which models qualify is decided by `probe`, not by a list of names.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .engine.cache import KVCache, StoreOnly
+from .engine.cache import Block, KVCache, Span, StoreOnly
 from .engine.positions import Positions
 from .errors import ModelError
 from .head import Head
@@ -49,34 +49,40 @@ class Decoder:
         hidden = self._embed_tokens(ids)
         return hidden if self._embedding_scale is None else hidden * self._embedding_scale
 
-    def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
-        """Run layers `start`..`stop` (half open) on a block that follows what `cache` holds.
+    def run(
+        self, hidden: Tensor, start: int, stop: int, cache: KVCache, span: Span | None = None
+    ) -> Tensor:
+        """Run layers `start`..`stop` (half open) on a block.
 
         Args:
             hidden: [batch, time, hidden] before layer `start`.
             start: layers already run.
             stop: layers that have run afterwards.
             cache: gains the block's K/V in these layers, which must hold equally many tokens.
+            span: the block's place in `cache`; None is behind what each of its rows holds.
 
         Returns:
             [batch, time, hidden] after layer `stop` - 1, not normed.
         """
-        block = self.positions.block(hidden, cache.lengths[start])
+        span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        block, place = self.positions.block(hidden, span), Block(cache, span)
         for index in range(start, stop):
-            hidden = self._call(index, hidden, block, cache)
+            hidden = self._call(index, hidden, block, place)
         return hidden
 
-    def store(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> None:
+    def store(
+        self, hidden: Tensor, start: int, stop: int, cache: KVCache, span: Span | None = None
+    ) -> None:
         """Give layers `start`..`stop` the keys and values of `hidden` without running them.
 
         Every layer projects the same `hidden`, as if the skipped layers had changed nothing:
         approximate KV propagation (CALM, Schuster et al. 2022).
         """
-        block = self.positions.block(hidden, cache.lengths[start])
-        stopping = StoreOnly(cache)
+        span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        block, place = self.positions.block(hidden, span), StoreOnly(cache, span)
         for index in range(start, stop):
             try:
-                self._call(index, hidden, block, stopping)
+                self._call(index, hidden, block, place)
             except StoreOnly.Stored:
                 continue
 
@@ -102,6 +108,10 @@ class Decoder:
         """
         return self._head(self._norm(hidden))
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., hidden] as the LM head sees them: through the final norm."""
+        return self._norm(hidden)
+
     @torch.no_grad()
     def readouts(self, ids: Tensor, exit_layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Run a whole text at full depth and read it out at every exit on the way.
@@ -113,7 +123,7 @@ class Decoder:
         Yields:
             (exit layer, logits [batch, time, vocab]), shallow to deep.
         """
-        cache = KVCache(self.n_layers, capacity=ids.shape[1])
+        cache = KVCache(self.n_layers, capacity=ids.shape[1], batch=ids.shape[0])
         hidden, start = self.embed(ids), 0
         for exit_layer in exit_layers:
             hidden = self.run(hidden, start, exit_layer, cache)

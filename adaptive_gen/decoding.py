@@ -1,73 +1,55 @@
-"""The token loop: readout -> logits processors -> token -> stopping criteria -> next readout.
+"""The token loop: readouts -> logits processors -> tokens -> stopping criteria -> next readouts.
 
 It does what transformers' own sampling loop does, in the same order and with the same draws from
-the random generator, on readouts that come from whatever depth the scheduler left at.
+the random generator, on readouts that come from whatever depth the scheduler left at. Rows of a
+batch that leave together are processed together. In lossless decoding a token that left early is
+only a draft until full depth confirms it.
+
+Axes: `rows`, `time`, `vocab`.
 """
 
+import copy
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .audit import Auditor, GuardedPolicy
+from .drafting import Draft, DraftLength, confirm
 from .engine.backend import Backend
 from .engine.cache import KVCache
 from .engine.scheduler import Readout, Scheduler
+from .report import AdaptiveOutput, Report, Step
+from .resume import AdaptiveCache
 from .settings import Settings
 
-
-@dataclass(frozen=True)
-class Report:
-    """What one generation did and how long it took."""
-
-    new_tokens: int
-    n_layers: int
-    mean_depth: float  # exit layers averaged over the new tokens
-    layer_speedup: float  # n_layers / mean_depth: layers saved, not time
-    exit_histogram: dict[int, int]  # exit layer -> new tokens
-    deep_passes: int  # runs of the deepest segment while decoding
-    caught_up: int  # tokens that had left early and got their deepest K/V afterwards
-    prefill_s: float  # up to and including the first new token
-    decode_s: float  # all the others; a streaming caller's own time is not counted
-    drafted: int = 0
-    accepted: int = 0
-    audit: dict[str, Any] | None = None
-    engine: str = "module"  # the back end that ran the layers
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoded tokens per second, the first left out: it belongs to the prefill."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+_MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
 
 
-@dataclass
-class AdaptiveOutput(GenerateDecoderOnlyOutput):
-    """What `generate(adaptive=True, return_dict_in_generate=True)` returns.
+class _Text:
+    """One row's text while it grows."""
 
-    Besides transformers' fields: `exit_layers` [batch, new] int64, `confidences` [batch, new]
-    float32 (nan where full depth decided unasked) and `report`.
-    """
-
-    exit_layers: Tensor | None = None
-    confidences: Tensor | None = None
-    report: Report | None = None
-
-
-class Step(NamedTuple):
-    """One new token."""
-
-    token: int
-    exit_layer: int
-    confidence: float
+    def __init__(self, row: int, width: int, draft_length: DraftLength | None):
+        self.row, self.width = row, width  # its row of the ids, and how much of that is text
+        self.place = row  # its row in the scheduler, which forgets finished ones
+        self.draft_length = draft_length
+        self.steps: list[Step] = []
+        self.drafts: list[Draft] = []  # the text's last tokens, not yet confirmed or audited
+        self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
+        self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
+        self.finished = False
+        self.drafted = self.accepted = 0
 
 
 class TokenLoop:
-    """One text being generated: iterate over it for its `Step`s."""
+    """A batch of texts being generated: iterate over it for its `Step`s."""
 
     def __init__(
         self,
@@ -75,10 +57,11 @@ class TokenLoop:
         settings: Settings,
         config: Any,
         input_ids: Tensor,
-        prompt: Tensor,
+        lengths: Sequence[int],
         logits_processor: Any,
         stopping_criteria: Any,
         streamer: BaseStreamer | None = None,
+        past: AdaptiveCache | None = None,
     ):
         """Set up queues and cache; nothing runs until the first `next`.
 
@@ -86,83 +69,247 @@ class TokenLoop:
             backend: the model and what runs its layers.
             settings: exits, policy, confidence, KV policy.
             config: transformers' prepared generation config.
-            input_ids: [1, time] prompt as given, with any padding.
-            prompt: [1, time] the same without padding: what the layers see.
-            logits_processor: transformers' list, called with [1, time] ids and [1, vocab] float32.
+            input_ids: [rows, time] prompts as given, with any left padding.
+            lengths: of each prompt without its padding.
+            logits_processor: transformers' list, called with [rows, time] ids and [rows, vocab]
+                float32.
             stopping_criteria: transformers' list.
             streamer: gets every new token.
+            past: what an earlier generation left, for one row.
         """
-        self.input_ids, self.prompt, self.config = input_ids, prompt, config
-        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
-        self.streamer = streamer
-        capacity = prompt.shape[1] + min((config.max_length or 0) - input_ids.shape[1], 4096)
+        self.config, self.settings = config, settings
+        self.logits_processor = _with_prefixes_of_real_rows(logits_processor, self)
+        self.stopping_criteria, self.streamer = stopping_criteria, streamer
+        self._prompts, self._lengths = input_ids, list(lengths)
+        room = max(1, min((config.max_length or 0) - input_ids.shape[1], _MOST_ROOM))
+        self._ids = torch.nn.functional.pad(input_ids, (0, room))
+        policy = settings.policy
+        guard = (
+            None if settings.audit_floor is None else GuardedPolicy(policy, settings.audit_floor)
+        )
+        cache = KVCache(backend.decoder.n_layers, max(lengths) + room, batch=len(lengths))
+        if past is not None:
+            cache = past.take(backend.decoder, input_ids[0, -lengths[0] :])
         self.scheduler = Scheduler(
             backend.decoder,
             backend.segments(settings.exit_layers),
-            KVCache(backend.decoder.n_layers, capacity),
-            settings.policy,
-            settings.confidence,
-            settings.kv,
-            settings.queue_cap,
+            cache,
+            guard or policy,
+            settings.confidences,
+            settings.rules,
         )
-        self.steps: list[Step] = []
-        self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
-        self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
         self.engine = backend.name
+        self._auditor = Auditor(guard) if settings.audit else None
+        self.texts = [self._text(row) for row in range(len(lengths))]
+        self._open = list(self.texts)  # those still growing, in the scheduler's order
+        self._processed: set[int] = set()
         self.prefill_s = self.decode_s = 0.0
-        self.finished = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every text has ended."""
+        return not self._open
+
+    def processes(self, row: int) -> bool:
+        """Whether a row of the batch, and not a copy of another in its place, is processed now."""
+        return row in self._processed
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
-        """Decode until a stopping criterion holds."""
+        """Decode until a stopping criterion holds for every row."""
         clock = time.perf_counter()
-        readout = self.scheduler.prefill(self.prompt)
-        while True:
-            token = self._choose(readout)
-            self.finished = self._stops(token)
-            self._count(time.perf_counter() - clock)
-            yield self.steps[-1]
-            if self.finished:
-                break
+        self._prefill()
+        while self._open:
+            readout = self.scheduler.step()
+            if readout is None:
+                continue
+            first = any(not text.steps for text in self.texts)
+            steps = self._settle(readout)
+            self._count(time.perf_counter() - clock, first)
+            yield from steps
             clock = time.perf_counter()
-            readout = self.scheduler.decode(token[:, None], position=len(self.steps))
         if self.streamer is not None:
             self.streamer.end()
 
-    def _choose(self, readout: Readout) -> Tensor:
-        """Pick the next token, [1], from the processed scores."""
-        # Processors may write in place, and transformers shows them float32 whatever the model's.
-        logits = readout.logits.to(copy=True, dtype=torch.float32)
-        scores = self.logits_processor(self.input_ids, logits)
-        if self.config.output_scores:
-            self.scores.append(scores)
-        if self.config.output_logits:
-            self.logits.append(logits)
-        if self.config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+    def _prefill(self) -> None:
+        width, held = self._prompts.shape[1], self.scheduler.cache.lengths[0]
+        counts = [length - h for length, h in zip(self._lengths, held, strict=True)]
+        prompts = self._prompts.new_zeros(len(counts), max(counts))
+        for row, count in enumerate(counts):
+            prompts[row, :count] = self._prompts[row, width - count :]
+        self.scheduler.prefill(prompts, counts)
+
+    def _text(self, row: int) -> _Text:
+        length = None
+        if self.settings.lossless:
+            scheduler, layers = self.scheduler, self.settings.exit_layers
+            length = DraftLength(layers[0] / layers[-1], self.settings.rules.queue_cap)
+            scheduler.rows[row].cap = length.length
+        return _Text(row, self._prompts.shape[1], length)
+
+    def _settle(self, readout: Readout) -> list[Step]:
+        """Turn rows that left into text and feed what comes next; return the tokens now certain."""
+        texts = [self._open[row] for row in readout.rows]
+        done = [len(text.steps) for text in texts]
+        places = list(range(len(texts)))
+        if readout.drafts is not None:
+            judged = zip(texts, readout.drafts, strict=True)
+            stood = [self._judge(text, logits) for text, logits in judged]
+            # A row whose draft fell has its next token already: the one in the draft's place.
+            places = [place for place in places if stood[place]]
+        for group in _equally_wide(texts, places):
+            self._choose([texts[place] for place in group], readout, group)
+        self._judge_ends([text for text in texts if text.drafts and text.drafts[-1].step.last])
+        self._feed(texts)
+        return [step for text, n in zip(texts, done, strict=True) for step in text.steps[n:]]
+
+    def _choose(self, texts: list[_Text], readout: Readout, places: list[int]) -> None:
+        """Pick the next token of equally long texts from the readout's logits at `places`."""
+        every = len(places) == len(readout.rows)
+        logits = readout.logits if every else readout.logits[places]
+        scores, logits = self._process(texts, logits)
+        chances = scores.softmax(-1) if self.config.do_sample else None
+        if chances is not None:
+            tokens = torch.multinomial(chances, num_samples=1)[:, 0]
         else:
-            token = scores.argmax(-1)
-        self.steps.append(Step(int(token), readout.exit_layer, readout.confidence))
-        return token
+            tokens = scores.argmax(-1)
+        self._append(texts, tokens)
+        stops = self._stop(texts, scores)
+        early = readout.exit_layer < self.scheduler.decoder.n_layers
+        for i, (text, token) in enumerate(zip(texts, tokens.tolist(), strict=True)):
+            step = Step(token, readout.exit_layer, readout.confidences[places[i]], stops[i])
+            if early and (self.settings.lossless or self._auditor is not None):
+                top = int(scores[i].argmax()) if chances is not None else token
+                drawn = chances[i] if chances is not None else None
+                text.drafts.append(Draft(step, top, drawn))
+            if early and self.settings.lossless:
+                continue
+            if self._auditor is not None and not early:
+                self._auditor.count(readout.exit_layer, True)
+            self._confirm(text, step, scores[i : i + 1], logits[i : i + 1])
 
-    def _stops(self, token: Tensor) -> bool:
-        """Append the token [1] to the text and hand it on; whether the text ends with it."""
-        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-        scores = tuple(self.scores) if self.config.output_scores else None
-        stop = bool(self.stopping_criteria(self.input_ids, scores).all())
+    def _judge_ends(self, texts: list[_Text]) -> None:
+        """Confirm texts that end with a draft: nothing would come after it to take it deeper."""
+        if not texts or not self.settings.lossless:
+            return
+        read = self.scheduler.flush(tuple(text.place for text in texts))
+        assert read is not None
+        for text, logits in zip(texts, read, strict=True):
+            self._judge(text, logits)
+
+    def _judge(self, text: _Text, logits: Tensor) -> bool:
+        """Compare a text's drafts with full depth's logits [drafts, vocab].
+
+        Returns:
+            False if a draft did not stand and the text now ends with the token in its place, or if
+            a draft that stood ended the text.
+        """
+        drafts, text.drafts = text.drafts, []
+        assert len(drafts) == len(logits), "every draft has its full-depth readout"
+        end = text.width
+        for i, draft in enumerate(drafts):
+            # Processors see the text as it was when the draft was made.
+            text.width = end - len(drafts) + i
+            scores, raw = self._process([text], logits[i : i + 1])
+            if not self.settings.lossless:
+                assert self._auditor is not None
+                self._auditor.count(draft.step.exit_layer, int(scores.argmax()) == draft.top)
+                continue
+            text.drafted += 1
+            other = confirm(draft, scores)
+            text.width += 1
+            if other is None:
+                text.accepted += 1
+                self._confirm(text, draft.step, scores, raw)
+            else:
+                self._ids[text.row, text.width - 1] = other
+                (stops,) = self._stop([text])
+                n_layers = self.scheduler.decoder.n_layers
+                self._confirm(text, Step(other, n_layers, math.nan, stops), scores, raw)
+            if other is not None or text.finished:
+                # The text's last token has not been run: what stays in the cache ends before it.
+                length = self._lengths[text.row] + len(text.steps) - 1
+                self.scheduler.rewind(text.place, length)
+                self._relearn(text, i + (other is None), i + 1)
+                return False
+        text.width = end
+        if self.settings.lossless and drafts:
+            self._relearn(text, len(drafts), len(drafts))
+        return True
+
+    def _relearn(self, text: _Text, stood: int, judged: int) -> None:
+        assert text.draft_length is not None
+        cap = text.draft_length.observe(stood, judged)
+        self.scheduler.rows[text.place].cap = cap
+
+    def _process(self, texts: list[_Text], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
+        # Processors may write in place, and transformers shows them float32 whatever the model's.
+        logits = logits.to(copy=True, dtype=torch.float32)
+        ids, rows = self._seen(texts), [text.row for text in texts]
+        self._processed = set(rows)
+        if len(rows) == len(self.texts) or not self.logits_processor:
+            return self.logits_processor(ids, logits), logits
+        # Some processors keep something for each row of the batch and tell rows by their place; the
+        # places of rows that are not here are taken by a copy of one that is.
+        at = {row: place for place, row in enumerate(rows)}
+        index = [at.get(text.row, 0) for text in self.texts]
+        return self.logits_processor(ids[index], logits[index])[rows], logits
+
+    def _seen(self, texts: list[_Text]) -> Tensor:
+        """The ids [rows, time] of equally long texts."""
+        ids = self._ids[:, : texts[0].width]
+        return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
+
+    def _append(self, texts: list[_Text], tokens: Tensor) -> None:
+        width = texts[0].width
+        if width == self._ids.shape[1]:
+            self._ids = torch.nn.functional.pad(self._ids, (0, width))
+        self._ids[[text.row for text in texts], width] = tokens
+        for text in texts:
+            text.width += 1
+
+    def _stop(self, texts: list[_Text], scores: Tensor | None = None) -> list[bool]:
+        """Whether each of equally long texts ends as it stands."""
+        shown = None
+        if self.config.output_scores and scores is not None and len(self.texts) == 1:
+            shown = (*texts[0].scores, scores)
+        return self.stopping_criteria(self._seen(texts), shown).tolist()
+
+    def _confirm(self, text: _Text, step: Step, scores: Tensor, logits: Tensor) -> None:
+        text.steps.append(step)
+        text.finished = step.last
+        if self.config.output_scores:
+            text.scores.append(scores)
+        if self.config.output_logits:
+            text.logits.append(logits)
         if self.streamer is not None:
-            self.streamer.put(token.cpu())
-        return stop
+            self.streamer.put(torch.tensor([step.token]))
 
-    def _count(self, seconds: float) -> None:
-        if len(self.steps) == 1:
+    def _feed(self, texts: list[_Text]) -> None:
+        """Let finished texts go and give the others' last tokens to the scheduler."""
+        if any(text.finished for text in texts):
+            staying = [row for row, text in enumerate(self._open) if not text.finished]
+            if staying:
+                self.scheduler.keep(staying)
+            self._open = [self._open[row] for row in staying]
+            for place, text in enumerate(self._open):
+                text.place = place
+        growing = [text for text in texts if not text.finished]
+        if growing:
+            rows = tuple(text.place for text in growing)
+            last = [self._ids[text.row, text.width - 1] for text in growing]
+            self.scheduler.feed(rows, torch.stack(last)[:, None])
+
+    def _count(self, seconds: float, first: bool) -> None:
+        if first:
             self.prefill_s += seconds
         else:
             self.decode_s += seconds
 
     def report(self) -> Report:
         """The account of what has been decoded so far."""
-        depths = [step.exit_layer for step in self.steps]
+        depths = [step.exit_layer for text in self.texts for step in text.steps]
         n_layers = self.scheduler.decoder.n_layers
         mean_depth = sum(depths) / len(depths) if depths else float(n_layers)
         return Report(
@@ -175,16 +322,69 @@ class TokenLoop:
             caught_up=self.scheduler.caught_up,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
+            drafted=sum(text.drafted for text in self.texts),
+            accepted=sum(text.accepted for text in self.texts),
+            audit=self._auditor.result(len(depths)) if self._auditor else None,
             engine=self.engine,
+            rows=len(self.texts),
+            layers_run=self.scheduler.layers_run,
         )
+
+    def sequences(self) -> Tensor:
+        """Prompts and new tokens, [rows, time], padded behind the end of each row."""
+        start = self._prompts.shape[1]
+        longest = max(len(text.steps) for text in self.texts)  # 0 before anything is decoded
+        ids = self._ids[:, : start + longest].clone()
+        pad = self.config.pad_token_id
+        for text in self.texts:
+            ids[text.row, start + len(text.steps) :] = 0 if pad is None else int(pad)
+        return ids
+
+    def cache(self) -> AdaptiveCache | None:
+        """What the next generation can start from, if this was one text."""
+        if len(self.texts) > 1 or not self.texts[0].steps:
+            return None
+        text = self.texts[0]
+        start, stop = self._prompts.shape[1], self._prompts.shape[1] + len(text.steps)
+        return AdaptiveCache(self.scheduler, self._ids[0, start - self._lengths[0] : stop].clone())
 
     def output(self) -> AdaptiveOutput:
         """The result in transformers' form."""
+        steps = [text.steps for text in self.texts]
+        exits = [torch.tensor([step.exit_layer for step in row]) for row in steps]
+        confidences = [torch.tensor([step.confidence for step in row]) for row in steps]
         return AdaptiveOutput(
-            sequences=self.input_ids,  # type: ignore[arg-type]
-            scores=tuple(self.scores) if self.config.output_scores else None,  # type: ignore[arg-type]
-            logits=tuple(self.logits) if self.config.output_logits else None,  # type: ignore[arg-type]
-            exit_layers=torch.tensor([[step.exit_layer for step in self.steps]]),
-            confidences=torch.tensor([[step.confidence for step in self.steps]]),
+            sequences=self.sequences(),  # type: ignore[arg-type]
+            scores=self._by_step("scores") if self.config.output_scores else None,  # type: ignore[arg-type]
+            logits=self._by_step("logits") if self.config.output_logits else None,  # type: ignore[arg-type]
+            past_key_values=self.cache(),  # type: ignore[arg-type]
+            exit_layers=pad_sequence(exits, batch_first=True),
+            confidences=pad_sequence(confidences, batch_first=True, padding_value=math.nan),
             report=self.report(),
         )
+
+    def _by_step(self, name: str) -> tuple[Tensor, ...]:
+        """Kept tensors as transformers orders them: a [rows, vocab] per step, 0 behind an end."""
+        rows = [torch.cat(getattr(text, name)) for text in self.texts]
+        return tuple(pad_sequence(rows, batch_first=True).unbind(1))
+
+
+def _equally_wide(texts: list[_Text], places: list[int]) -> list[list[int]]:
+    """`places` grouped by the width of the text there, so that a group's ids are one tensor."""
+    groups: dict[int, list[int]] = {}
+    for place in places:
+        groups.setdefault(texts[place].width, []).append(place)
+    return list(groups.values())
+
+
+def _with_prefixes_of_real_rows(processors: Any, loop: TokenLoop) -> Any:
+    """The processors, the user asked for allowed prefixes of rows that are really there only."""
+    own = copy.copy(processors)
+    for i, processor in enumerate(own):
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            allowed, beams = processor._prefix_allowed_tokens_fn, processor._num_beams
+            own[i] = PrefixConstrainedLogitsProcessor(
+                lambda row, ids, allowed=allowed: allowed(row, ids) if loop.processes(row) else [0],
+                beams,
+            )
+    return own

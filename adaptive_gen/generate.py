@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .decoding import TokenLoop
 from .errors import OptionError
+from .resume import AdaptiveCache
 from .settings import resolve, state
 
 if TYPE_CHECKING:
@@ -62,23 +63,29 @@ class AdaptiveMixin(_CausalLM):
                 streamer=streamer,
                 **model_kwargs,
             )
-        prompt = _prompt_without_padding(input_ids, model_kwargs)
+        lengths = _prompt_lengths(input_ids, model_kwargs)
         handover = isinstance(streamer, LoopHandover)
+        if streamer is not None and len(lengths) > 1:
+            raise OptionError(
+                f"a streamer shows one text and got {len(lengths)}; leave streamer out, or "
+                "generate them one by one."
+            )
         loop = TokenLoop(
             state(self).backend,
-            resolve(generation_config, state(self)),
+            resolve(generation_config, state(self), rows=len(lengths)),
             generation_config,
             input_ids,
-            prompt.to(self.device),
+            lengths,
             logits_processor,
             stopping_criteria,
             None if handover else streamer,
+            _past(model_kwargs, len(lengths)),
         )
         if handover:
             return loop
         for _ in loop:
             pass
-        return loop.output() if generation_config.return_dict_in_generate else loop.input_ids
+        return loop.output() if generation_config.return_dict_in_generate else loop.sequences()
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
@@ -121,18 +128,25 @@ def _refuse(config: Any, mode_kwargs: dict[str, Any]) -> None:
         )
 
 
-def _prompt_without_padding(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """The tokens the layers see: [1, time] without left padding.
+def _past(model_kwargs: dict[str, Any], rows: int) -> AdaptiveCache | None:
+    """What an earlier adaptive generation left, if it was given."""
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, AdaptiveCache):
+        return None
+    if rows > 1:
+        raise OptionError(
+            f"past_key_values of one text cannot be continued by {rows}; leave them out."
+        )
+    return cache
+
+
+def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
+    """Tokens of each prompt [rows, time] without its left padding.
 
     Raises:
-        OptionError: several rows, holes in the attention mask, other positions than 0, 1, 2, ...,
-            or inputs besides tokens.
+        OptionError: an empty prompt, holes in the attention mask, other positions than 0, 1, 2,
+            ..., or inputs besides tokens.
     """
-    if input_ids.shape[0] != 1:
-        raise OptionError(
-            f"adaptive=True decodes one sequence at a time and got {input_ids.shape[0]}. "
-            "Generate them one by one, or leave adaptive out."
-        )
     if input_ids.shape[1] == 0:
         raise OptionError("the prompt is empty; give at least one token, such as the BOS token.")
     known = {
@@ -145,29 +159,34 @@ def _prompt_without_padding(input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
     }
     extra = [k for k, v in model_kwargs.items() if v is not None and k not in known]
     cache = model_kwargs.get("past_key_values")
-    if cache is not None and (
-        cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
-    ):
+    foreign = cache is not None and not isinstance(cache, AdaptiveCache)
+    if foreign and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
         extra.append("past_key_values")
     if extra:
         raise OptionError(
             f"adaptive=True cannot honour {', '.join(extra)}: it starts from input_ids alone. "
             "Leave that out, or leave adaptive out."
         )
-    length = input_ids.shape[1]
+    rows, width = input_ids.shape
     mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        length = int(mask.sum())
-        if not bool(mask[:, -length:].all()):
+    lengths = [width] * rows if mask is None else mask.sum(-1).tolist()
+    if min(lengths) == 0:
+        raise OptionError("the attention mask hides a whole prompt; give it at least one token.")
+    for row, length in enumerate(lengths):
+        if mask is not None and not bool(mask[row, -length:].all()):
             raise OptionError(
                 "the attention mask has holes or right padding; adaptive=True takes left padding."
             )
-    positions = model_kwargs.get("position_ids")
-    if positions is not None:
-        plain = torch.arange(length, device=positions.device)
-        if not torch.equal(positions[0, -length:], plain):
-            raise OptionError(
-                "position_ids other than 0, 1, 2, ... cannot be honoured with adaptive=True; "
-                "leave them out."
-            )
-    return input_ids[:, -length:]
+        _check_positions(model_kwargs.get("position_ids"), row, length)
+    return lengths
+
+
+def _check_positions(positions: Tensor | None, row: int, length: int) -> None:
+    if positions is None:
+        return
+    plain = torch.arange(length, device=positions.device)
+    if not torch.equal(positions[min(row, len(positions) - 1), -length:], plain):
+        raise OptionError(
+            "position_ids other than 0, 1, 2, ... cannot be honoured with adaptive=True; leave "
+            "them out."
+        )

@@ -5,18 +5,17 @@ saves them; here they are checked and completed from the calibration.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from . import confidence as measures
 from . import exits
 from .calibration import Calibration, OperatingPoint
+from .confidence import Confidences
 from .decoder import Decoder
 from .engine.backend import Backend
-from .engine.scheduler import KV_POLICIES, QUEUE_CAP
+from .engine.scheduler import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
 from .policy import ExitPolicy, FixedExit, ThresholdPolicy
 
@@ -32,11 +31,15 @@ FIELDS = (
     "kv",
     "lossless",
     "audit",
+    "audit_floor",
+    "prefill",
+    "schedule",
     "exit_layers",
     "policy",
 )
 _ATTRIBUTE = "_adaptive_gen_state"
-_NOT_YET = ("lossless", "audit")
+# Runs of the first segment between the turns of the deeper ones, by schedule.
+SCHEDULES = {"stepwise": 1, "lockstep": 4}
 
 
 @dataclass
@@ -48,6 +51,7 @@ class State:
     exit_layers: tuple[int, ...]  # normalised: full depth last
     calibration: Calibration | None = None
     queue_cap: int = QUEUE_CAP
+    gate: Any = None  # (normed hidden states [rows, hidden], exit layer) -> confidence [rows]
     told: set[str] = field(default_factory=set)
 
     @property
@@ -83,34 +87,36 @@ class Settings:
 
     exit_layers: tuple[int, ...]
     policy: ExitPolicy
-    confidence: Callable[[Tensor, int], float]
-    kv: str
-    queue_cap: int
+    confidences: Confidences
+    rules: Rules
+    lossless: bool = False
+    audit: bool = False
+    audit_floor: float | None = None
+
+    @property
+    def kv(self) -> str:
+        """How skipped layers get their K/V."""
+        return self.rules.kv
 
 
-def resolve(config: Any, state: State) -> Settings:
+def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     """Check the adaptive fields of a generation config and complete them.
 
     Args:
         config: any object with the attributes `FIELDS`, each possibly None or absent.
         state: the wrapped model's.
+        rows: texts that are generated together.
 
     Raises:
-        OptionError: a value out of range, two that exclude each other, or one not available.
+        OptionError: a value out of range, or two that exclude each other.
         CalibrationError: `target_speedup` without a calibration.
         Unreachable: `target_speedup` beyond every operating point.
     """
     given = {name: getattr(config, name, None) for name in FIELDS}
-    for name in _NOT_YET:
-        if given[name]:
-            raise OptionError(f"{name}=True is not available in this release; leave {name} out.")
     if sum(given[name] is not None for name in ("threshold", "target_speedup", "policy")) > 1:
         raise OptionError(
             "threshold, target_speedup and policy each decide when to exit; give one of them."
         )
-    if given["kv"] not in (None, *KV_POLICIES):
-        raise OptionError(f"kv={given['kv']!r} is unknown; use one of {', '.join(KV_POLICIES)}.")
-
     calibration = state.calibration
     point = _operating_point(given, calibration)
     if given["exit_layers"] is not None:
@@ -119,21 +125,66 @@ def resolve(config: Any, state: State) -> Settings:
         layers = point.exit_layers if point is not None else state.exit_layers
     if given["policy"] is not None:
         _check_policy(given["policy"], layers)
-    kv = given["kv"] or (calibration.kv if calibration is not None else KV_POLICIES[0])
+    audit_floor = _audit_floor(given["audit_floor"])
     return Settings(
         exit_layers=layers,
         policy=given["policy"] or _threshold_policy(given["threshold"], point, layers, state),
-        confidence=_confidence(given["confidence"], layers, state),
-        kv=kv,
-        queue_cap=state.queue_cap,
+        confidences=_confidences(given["confidence"], layers, state),
+        rules=_rules(given, state, rows),
+        lossless=bool(given["lossless"]),
+        audit=bool(given["audit"]) or audit_floor is not None,
+        audit_floor=audit_floor,
     )
+
+
+def _rules(given: Mapping[str, Any], state: State, rows: int) -> Rules:
+    """How tokens move through the queues."""
+    for name, known in (("kv", KV_POLICIES), ("prefill", PREFILLS), ("schedule", SCHEDULES)):
+        if given[name] is not None and given[name] not in known:
+            raise OptionError(f"{name}={given[name]!r} is unknown; use one of {', '.join(known)}.")
+    audited = given["audit"] or given["audit_floor"] is not None
+    if given["lossless"] and audited:
+        raise OptionError(
+            "lossless=True already lets full depth check every token; leave audit out."
+        )
+    exact = {"lossless": given["lossless"], "audit": audited, "prefill": given["prefill"] == "lazy"}
+    needing = next((name for name, asked in exact.items() if asked), None)
+    kv = given["kv"] or (state.calibration.kv if state.calibration else KV_POLICIES[0])
+    if needing and given["kv"] == "propagate":
+        raise OptionError(
+            f"{needing} needs the full-depth states of all tokens, which kv='propagate' never "
+            "computes; leave one of the two out."
+        )
+    return Rules(
+        kv="recompute" if needing else kv,
+        queue_cap=state.queue_cap,
+        prefill=given["prefill"] or PREFILLS[0],
+        shallow_passes=SCHEDULES[given["schedule"] or _schedule(rows)],
+        read_drafts=bool(given["lossless"] or audited),
+    )
+
+
+def _schedule(rows: int) -> str:
+    """The schedule that is usually faster for a batch of this size."""
+    return "stepwise"
+
+
+def _audit_floor(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise OptionError(
+            f"audit_floor={value!r} is not an agreement to keep, a number between 0 and 1 such as "
+            "0.97."
+        )
+    return float(value)
 
 
 def _check_policy(policy: Any, layers: tuple[int, ...]) -> None:
     if not isinstance(policy, ExitPolicy):
         raise OptionError(
             f"policy={policy!r} is no exit policy: it needs the methods may_exit(exit_layer, "
-            "position) and should_exit(exit_layer, confidence, position)."
+            "position) and should_exit(check)."
         )
     if isinstance(policy, FixedExit) and policy.exit_layer not in layers:
         raise OptionError(
@@ -213,27 +264,16 @@ def check_threshold(value: Any) -> float:
     return float(value)
 
 
-def _confidence(
-    name: str | None, layers: tuple[int, ...], state: State
-) -> Callable[[Tensor, int], float]:
+def _confidences(name: str | None, layers: tuple[int, ...], state: State) -> Confidences:
     calibration = state.calibration
     if name is None:
         name = calibration.confidence if calibration is not None else measures.DEFAULT
-    if name not in measures.MEASURES:
-        raise OptionError(
-            f"confidence={name!r} is unknown; use one of {', '.join(measures.MEASURES)}."
-        )
-    measure = measures.MEASURES[name]
-    maps = calibration.maps.get(name, {}) if calibration is not None else {}
-    unmapped = [layer for layer in layers[:-1] if layer not in maps]
+    maps = calibration.maps if calibration is not None else {}
+    confidences = Confidences(name, maps, state.gate)
+    unmapped = [layer for layer in layers[:-1] if layer not in maps.get(name, {})]
     if calibration is not None and unmapped:
         state.tell_once(
             f"the calibration has no {name} map for exit layer {', '.join(map(str, unmapped))}: "
             "the raw confidence is used there."
         )
-
-    def confidence(logits: Tensor, exit_layer: int) -> float:
-        raw = float(measure(logits))
-        return maps[exit_layer](raw) if exit_layer in maps else raw
-
-    return confidence
+    return confidences

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .decoding import Report, TokenLoop
+from .decoding import TokenLoop
 from .errors import OptionError
 from .generate import LoopHandover
+from .report import Report
+from .resume import AdaptiveCache
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -41,13 +43,19 @@ class Stream:
 
     def _iterate(self, text: "_Detokenizer") -> Iterator[Chunk]:
         for step in self._loop:
-            piece = text.push(step.token, last=self._loop.finished)
-            yield Chunk(piece, *step, self.report.tokens_per_s)
+            piece = text.push(step.token, last=step.last)
+            report = self.report
+            yield Chunk(piece, step.token, step.exit_layer, step.confidence, report.tokens_per_s)
 
     @property
     def report(self) -> Report:
         """The account of what has been decoded so far."""
         return self._loop.report()
+
+    @property
+    def cache(self) -> AdaptiveCache | None:
+        """What the next stream can start from, given as its `past_key_values`."""
+        return self._loop.cache()
 
     def close(self) -> None:
         """Stop decoding; the model is as it was before."""

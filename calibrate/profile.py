@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from adaptive_gen.paired import generate
+from adaptive_gen.policy import Check
 from adaptive_gen.settings import state
 from adaptive_gen.ui import progress
 
@@ -31,9 +32,9 @@ class Scripted:
         """Whether a readout is computed."""
         return exit_layer in self.asks
 
-    def should_exit(self, exit_layer: int, confidence: float, position: int) -> bool:
+    def should_exit(self, check: Check) -> bool:
         """Whether the script names this exit."""
-        return self.depths[position] == exit_layer
+        return self.depths[check.position] == check.exit_layer
 
 
 def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scripted]:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from driving import Sure, decode
 
 from adaptive_gen.calibrate.profile import Scripted, scripts, work
 from adaptive_gen.calibrate.schedule import replay
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Scheduler
+from adaptive_gen.engine.scheduler import Rules, Scheduler
 
 EXITS = (2, 3, 5, 9)
 KV = ("recompute", "propagate")
@@ -42,10 +43,10 @@ class CountedSegment:
         counts[rows] = counts.get(rows, 0) + size * (hidden.shape[1] - free)
         return hidden
 
-    def run(self, hidden, cache):
+    def run(self, hidden, cache, span):
         return self._count("layers", "rows", hidden, free=1)
 
-    def store(self, hidden, cache):
+    def store(self, hidden, cache, span):
         self._count("stores", "stored", hidden, free=0)
 
 
@@ -54,12 +55,10 @@ def run_scheduler(policy, tokens, kv, cap):
     decoder = Counted()
     segments = [CountedSegment(decoder, a, b) for a, b in zip((0, *EXITS), EXITS, strict=False)]
     scheduler = Scheduler(
-        decoder, segments, KVCache(EXITS[-1]), policy, lambda *_: 1.0, kv=kv, queue_cap=cap
+        decoder, segments, KVCache(EXITS[-1]), policy, Sure(), Rules(kv=kv, queue_cap=cap)
     )
-    depths = [
-        scheduler.decode(torch.zeros(1, 1, dtype=torch.long), position).exit_layer
-        for position in range(1, tokens)
-    ]
+    token = torch.zeros(1, 1, dtype=torch.long)
+    depths = [decode(scheduler, token).exit_layer for _ in range(1, tokens)]
     return depths, decoder.counts
 
 

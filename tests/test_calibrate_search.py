@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from driving import Sure, decode
 
 from adaptive_gen.calibrate import maps, search
 from adaptive_gen.calibrate.cost import TERMS, Cost, fit
@@ -12,7 +13,8 @@ from adaptive_gen.calibrate.search import Candidate, Target
 from adaptive_gen.calibrate.trace import Trace, padded
 from adaptive_gen.calibrate.verify import Measured, choose, seek
 from adaptive_gen.calibration import ConfidenceMap
-from adaptive_gen.engine.scheduler import Scheduler
+from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.engine.scheduler import Rules, Scheduler
 from adaptive_gen.errors import Unreachable
 
 IDENTITY = ConfidenceMap((0.0, 1.0), (0.0, 1.0))
@@ -75,9 +77,10 @@ def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
         def may_exit(self, exit_layer, position):
             return exit_layer in self.checked
 
-        def should_exit(self, exit_layer, confidence, position):
-            raw = trace.confidence["margin"][self.text, position, EXITS.index(exit_layer)]
-            return curves[exit_layer](raw) >= self.threshold
+        def should_exit(self, check):
+            place = EXITS.index(check.exit_layer)
+            raw = trace.confidence["margin"][self.text, check.position, place]
+            return curves[check.exit_layer](raw) >= self.threshold
 
     def simulate(threshold, checked):
         depth, agreed, seconds = 0, 0, 0.0
@@ -88,9 +91,11 @@ def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
                 CountedSegment(decoder, a, b) for a, b in zip((0, *ends), ends, strict=False)
             ]
             policy = Traced(text, threshold, checked)
-            scheduler = Scheduler(decoder, segments, None, policy, lambda *_: 0.0, queue_cap=3)
+            scheduler = Scheduler(
+                decoder, segments, KVCache(EXITS[-1]), policy, Sure(), Rules(queue_cap=3)
+            )
             depths = [EXITS[-1]]
-            depths += [scheduler.decode(token(), p).exit_layer for p in range(1, length)]
+            depths += [decode(scheduler, token()).exit_layer for _ in range(1, length)]
             for position, exit_layer in enumerate(depths):
                 full = exit_layer == EXITS[-1]
                 agreed += full or trace.agrees[text, position, EXITS.index(exit_layer)]

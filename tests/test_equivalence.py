@@ -3,11 +3,12 @@
 import families
 import pytest
 import torch
+from driving import Sure, decode, prefill
 from families import FAMILIES, FUSED
 
 import adaptive_gen
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Scheduler
+from adaptive_gen.engine.scheduler import Rules, Scheduler
 from adaptive_gen.settings import state
 
 ENGINES = [(f, e) for f in FAMILIES for e in ("module", "fused") if e == "module" or f in FUSED]
@@ -66,7 +67,7 @@ class EveryThird:
     def may_exit(self, exit_layer, position):
         return exit_layer == {0: 2, 1: 4}.get(position % 3)
 
-    def should_exit(self, exit_layer, confidence, position):
+    def should_exit(self, check):
         return True
 
 
@@ -78,7 +79,7 @@ class Scattered:
             return False
         return exit_layer == (4 if position % 5 == 4 else 2)
 
-    def should_exit(self, exit_layer, confidence, position):
+    def should_exit(self, check):
         return True
 
 
@@ -89,7 +90,7 @@ schedules = pytest.mark.parametrize(
 )
 
 
-def decode(model, ids, policy, kv="recompute", steps=40, queue_cap=16):
+def generate(model, ids, policy, kv="recompute", steps=40, queue_cap=16):
     """Greedy decoding on a scheduler of our own; returns it, the text, and each token's exit."""
     decoder = state(model).decoder
     scheduler = Scheduler(
@@ -97,17 +98,16 @@ def decode(model, ids, policy, kv="recompute", steps=40, queue_cap=16):
         state(model).backend.segments((2, 4, 6)),
         KVCache(decoder.n_layers, capacity=4),
         policy,
-        lambda logits, exit_layer: 0.5,
-        kv,
-        queue_cap,
+        Sure(),
+        Rules(kv=kv, queue_cap=queue_cap),
     )
     exit_layers = []
     with torch.no_grad():
-        readout = scheduler.prefill(ids)
-        for position in range(1, steps + 1):
+        readout = prefill(scheduler, ids)
+        for _ in range(steps):
             token = readout.logits.argmax(-1)[:, None]
             ids = torch.cat([ids, token], dim=1)
-            readout = scheduler.decode(token, position)
+            readout = decode(scheduler, token)
             exit_layers.append(readout.exit_layer)
     return scheduler, ids, exit_layers
 
@@ -137,10 +137,10 @@ def test_recompute_gives_the_keys_and_values_of_a_full_forward(
     if family == "llama_dynamic_rope":
         pytest.skip("its keys depend on the length of the text when they were made")
     model = adaptive_gen.wrap(families.make(family, torch.float64), engine=engine)
-    scheduler, ids, exit_layers = decode(model, prompt(5), policy, queue_cap=queue_cap)
+    scheduler, ids, exit_layers = generate(model, prompt(5), policy, queue_cap=queue_cap)
     assert len(set(exit_layers)) == 3, "the schedule must mix depths"
     scheduler.flush()
-    assert all(not queue for queue in scheduler.queues)
+    assert not any(queue.counts[0] for queue in scheduler.queues)
     assert_same_cache(scheduler.cache, full_forward_cache(model, ids), 1e-10)
 
 
@@ -155,7 +155,7 @@ def naive_propagation(model, ids, prompt_length, exit_layers):
             hidden = decoder.run(decoder.embed(token), 0, exit_layer, cache)
             for layer in range(exit_layer, decoder.n_layers):
                 module = decoder.layers[layer]
-                block = decoder.positions.block(hidden, cache.lengths[layer])
+                block = decoder.positions.block(hidden, cache.lengths[layer][0])
                 # The whole layer runs and its output is dropped: only its K/V are wanted.
                 kind = decoder.positions.layer_types[layer]
                 shadow = _Recorder()
@@ -188,7 +188,9 @@ def test_propagate_is_the_naive_projection_of_the_exit_state(
     family, engine, policy, queue_cap, double_softmax
 ):
     model = adaptive_gen.wrap(families.make(family, torch.float64), engine=engine)
-    scheduler, ids, exit_layers = decode(model, prompt(5), policy, "propagate", queue_cap=queue_cap)
+    scheduler, ids, exit_layers = generate(
+        model, prompt(5), policy, "propagate", queue_cap=queue_cap
+    )
     assert len(set(exit_layers)) == 3, "the schedule must mix depths"
     scheduler.flush()
     expected = naive_propagation(model, ids, 5, exit_layers)
@@ -220,13 +222,13 @@ def test_exiting_at_one_layer_is_the_truncated_model(family, double_softmax):
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
 def test_rewinding_the_cache_then_decoding_is_decoding(kv):
     model = adaptive_gen.wrap(families.make("llama", torch.float64))
-    scheduler, ids, _ = decode(model, prompt(5), EveryThird(), kv, steps=21)
+    scheduler, ids, _ = generate(model, prompt(5), EveryThird(), kv, steps=21)
     scheduler.flush()
     token = ids[:, -1:]
-    first = scheduler.decode(token, 0)
+    first = decode(scheduler, token)
     scheduler.flush()
-    scheduler.cache.truncate(ids.shape[1])
-    second = scheduler.decode(token, 0)
+    scheduler.rewind(0, ids.shape[1])
+    second = decode(scheduler, token)
     torch.testing.assert_close(first.logits, second.logits, atol=1e-10, rtol=0)
 
 

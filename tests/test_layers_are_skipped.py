@@ -70,7 +70,7 @@ class FullDepthEvery:
     def may_exit(self, exit_layer, position):
         return position % self.n != 0
 
-    def should_exit(self, exit_layer, confidence, position):
+    def should_exit(self, check):
         return True
 
 

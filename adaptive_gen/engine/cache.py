@@ -1,84 +1,204 @@
-"""A key/value cache whose layers may hold different numbers of tokens.
+"""A key/value cache in which every row of every layer may hold another number of tokens.
 
-Axes: `batch` (1), `kv_heads`, `time`, `head_dim`. A token that left early has keys and values in
-the shallow layers only; it gets the deep ones when it is caught up or propagated. Tokens reach
-every layer in text order, so a layer's length is also the position its next token takes.
+Axes: `batch`, `kv_heads`, `time`, `head_dim`. A token that left early has keys and values in the
+shallow layers only; it gets the deep ones when it is caught up or propagated. A row's tokens reach
+every layer in text order, so the number a layer holds is also the position its next token takes.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a block [rows, time, ...] stands: row i has `counts[i]` tokens from `starts[i]` on.
+
+    Rows with fewer tokens than `time` are filled up at the end; what is computed for the filling
+    goes to places that the row's next tokens overwrite and that no mask lets anybody see.
+    """
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows: tuple[int, ...] | None = None  # of the cache, ascending; None is all of them
+
+    @cached_property
+    def time(self) -> int:
+        """Length of the block's time axis."""
+        return max(self.counts)
+
+    @cached_property
+    def stop(self) -> int:
+        """One more than the largest position in the block, filling included."""
+        return max(self.starts) + self.time
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all rows start at one position and have equally many tokens."""
+        return len(self.starts) == 1 or (len({*self.starts}) == 1 and len({*self.counts}) == 1)
+
+    def positions(self, device: Any) -> Tensor:
+        """Of all tokens, [rows, time] int64; [1, time] where all rows have the same."""
+        if self.even:
+            return torch.arange(self.starts[0], self.starts[0] + self.time, device=device)[None]
+        if self._positions.device != torch.device(device):
+            return self._positions.to(device)
+        return self._positions
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return torch.tensor(self.starts)[:, None] + torch.arange(self.time)
+
+    def row_index(self, device: Any) -> Tensor:
+        """`rows` as a tensor; only for a span that names them."""
+        return self._row_index if str(device) == "cpu" else self._row_index.to(device)
+
+    @cached_property
+    def _row_index(self) -> Tensor:
+        return torch.tensor(self.rows)
+
+
 class KVCache:
-    """Keys and values of one text, a buffer and a length per layer.
+    """Keys and values of a batch of texts, a buffer per layer and a length per layer and row.
 
     Decoder layers of transformers only ever call `update`, which is all this class shares with
     transformers' own caches.
     """
 
-    def __init__(self, n_layers: int, capacity: int = 64):
+    def __init__(self, n_layers: int, capacity: int = 64, batch: int = 1):
         """Make an empty cache.
 
         Args:
             n_layers: decoder layers of the model.
             capacity: tokens to make room for at first; buffers double when they run out.
+            batch: rows.
         """
-        self.capacity = capacity
-        self.lengths = [0] * n_layers
+        self.capacity, self.batch = capacity, batch
+        self.lengths: list[tuple[int, ...]] = [(0,) * batch] * n_layers
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
+
+    def span(
+        self, layer_idx: int, counts: Sequence[int], rows: tuple[int, ...] | None = None
+    ) -> Span:
+        """The place of the next `counts` tokens of `rows` (None: all) in a layer."""
+        held = self.lengths[layer_idx]
+        starts = held if rows is None else tuple(held[row] for row in rows)
+        return Span(starts, tuple(counts), rows)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append a block with a token of every row at every step to one layer; see `write`."""
+        span = self.span(layer_idx, (key.shape[2],) * self.batch)
+        return self.write(key, value, layer_idx, span)
+
+    def write(
+        self, key: Tensor, value: Tensor, layer_idx: int, span: Span
+    ) -> tuple[Tensor, Tensor]:
         """Append a block to one layer.
 
         Args:
-            key: [batch, kv_heads, time, head_dim] of the new tokens, rotated.
+            key: [rows, kv_heads, time, head_dim] of the new tokens, rotated.
             value: the same shape (head_dim may differ).
             layer_idx: index of the layer, from 0.
+            span: where the block belongs; its starts are the rows' lengths in this layer.
 
         Returns:
-            Keys and values of all the layer's tokens, as views of the buffers.
+            Keys and values [rows, kv_heads, `span.stop`, head_dim] of the span's rows, views of the
+            buffers where these are all rows; what is beyond a row's tokens means nothing.
         """
-        start = self.lengths[layer_idx]
-        stop = start + key.shape[2]
-        keys = self._keys[layer_idx] = self._with_room(self._keys[layer_idx], key, stop)
-        values = self._values[layer_idx] = self._with_room(self._values[layer_idx], value, stop)
-        keys.narrow(2, start, stop - start).copy_(key)
-        values.narrow(2, start, stop - start).copy_(value)
-        self.lengths[layer_idx] = stop
-        return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
+        keys = self._keys[layer_idx] = self._with_room(self._keys[layer_idx], key, span.stop)
+        values = self._values[layer_idx] = self._with_room(
+            self._values[layer_idx], value, span.stop
+        )
+        self._lengthen(layer_idx, span)
+        return self._put(keys, key, span), self._put(values, value, span)
+
+    def _put(self, buffer: Tensor, block: Tensor, span: Span) -> Tensor:
+        """Write the block and return the span's rows of the buffer, up to its last token."""
+        if span.rows is None and span.even:
+            buffer.narrow(2, span.starts[0], span.time).copy_(block)
+            return buffer.narrow(2, 0, span.stop)
+        rows = (
+            torch.arange(self.batch, device=block.device)
+            if span.rows is None
+            else span.row_index(block.device)
+        )
+        # Indices on both sides of a slice bring their axes to the front: [rows, time, kv_heads, ..]
+        buffer[rows[:, None], :, span.positions(block.device)] = block.transpose(1, 2)
+        seen = buffer.narrow(2, 0, span.stop)
+        return seen if span.rows is None else seen.index_select(0, rows)
+
+    def _lengthen(self, layer_idx: int, span: Span) -> None:
+        stops = [start + count for start, count in zip(span.starts, span.counts, strict=True)]
+        if span.rows is not None:
+            changed = dict(zip(span.rows, stops, strict=True))
+            stops = [changed.get(row, held) for row, held in enumerate(self.lengths[layer_idx])]
+        self.lengths[layer_idx] = tuple(stops)
 
     def _with_room(self, buffer: Tensor | None, block: Tensor, length: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= length:
             return buffer
         self.capacity = max(self.capacity, 1 << (length - 1).bit_length())
-        batch, heads, _, head_dim = block.shape
-        grown = block.new_empty(batch, heads, self.capacity, head_dim)
+        _, heads, _, head_dim = block.shape
+        # Zeros, because a masked value still meets its weight of 0, and 0 * nan is nan.
+        grown = block.new_zeros(self.batch, heads, self.capacity, head_dim)
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held by one layer; the name transformers' layers may ask by."""
-        return self.lengths[layer_idx]
+        """Tokens held by one layer's fullest row; the name transformers' layers may ask by."""
+        return max(self.lengths[layer_idx])
 
-    def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [batch, kv_heads, time, head_dim] each."""
+    def keys_values(self, layer_idx: int, row: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of one row of one layer, [1, kv_heads, time, head_dim] each."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if keys is None or values is None:
             raise IndexError(f"layer {layer_idx} holds no tokens yet")
-        length = self.lengths[layer_idx]
-        return keys[:, :, :length], values[:, :, :length]
+        length = self.lengths[layer_idx][row]
+        return keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
 
-    def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on; shorter layers stay as they are."""
-        self.lengths = [min(held, length) for held in self.lengths]
+    def truncate(self, length: int, row: int = 0) -> None:
+        """Forget a row's tokens from position `length` on; shorter layers stay as they are."""
+        self.lengths = [
+            (*held[:row], min(held[row], length), *held[row + 1 :]) for held in self.lengths
+        ]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every row but these, which are numbered anew in the order given."""
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = buffer[list(rows)]
+        self.lengths = [tuple(held[row] for row in rows) for held in self.lengths]
+        self.batch = len(rows)
 
 
-class StoreOnly:
+class Block:
+    """What a layer is given as its cache: writes its K/V at one span of a `KVCache`."""
+
+    def __init__(self, cache: KVCache, span: Span):
+        """Bind the two."""
+        self._cache, self._span = cache, span
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the block; see `KVCache.write`."""
+        return self._cache.write(key, value, layer_idx, self._span)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by one layer's fullest row."""
+        return self._cache.get_seq_length(layer_idx)
+
+
+class StoreOnly(Block):
     """A cache that stops a decoder layer as soon as its keys and values are stored.
 
     Running a layer with it costs the layer's norm and K/V projections (and, in most families, the
@@ -88,14 +208,9 @@ class StoreOnly:
     class Stored(Exception):
         """Raised through the layer once there is nothing left to do in it."""
 
-    def __init__(self, cache: KVCache):
-        self._cache = cache
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> None:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store the block, then leave the layer."""
-        self._cache.update(key, value, layer_idx)
+        super().update(key, value, layer_idx)
         raise self.Stored
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held by one layer."""
-        return self._cache.get_seq_length(layer_idx)

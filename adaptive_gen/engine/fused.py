@@ -6,7 +6,8 @@ cheap operations over weights prepared once: q, k and v side by side, gate and u
 gains and the attention scale folded in, each matrix in the memory order that is faster here.
 
 Whether a model has the shape this file computes is decided by comparison with the module back end,
-not by its name. Axes: `time`, `hidden`, `heads`, `kv_heads`, `head_dim`; one text, no batch axis.
+not by its name. Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`; matrix products
+see rows and time as one axis.
 """
 
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..decoder import Decoder
-from .cache import KVCache
+from .cache import KVCache, Span
 from .positions import SLIDING
 
 
@@ -52,14 +53,14 @@ class FusedModel:
     eps: float
     qk_eps: float
 
-    def prepare(self, hidden: Tensor, start: int) -> tuple[Tensor, Tensor, Any]:
-        """Rotary cos [time, 1, head_dim] and half of sin, and masks by layer type."""
-        block = self.decoder.positions.block(hidden, start)
+    def prepare(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Any]:
+        """Rotary cos [rows or 1, time, 1, head_dim], half of sin, and masks by layer type."""
+        block = self.decoder.positions.block(hidden, span, boolean=True)
         cos, sin = next(iter(block.embeddings.values()))
-        return cos[0, :, None], sin[0, :, None, : self.head_dim // 2], block.masks
+        return cos[:, :, None], sin[:, :, None, : self.head_dim // 2], block.masks
 
     def rotated(self, qk: Tensor, gain: Tensor | None, cos: Tensor, half_sin: Tensor) -> Tensor:
-        """Norm queries and keys [time, heads, head_dim] where the family does; rotate them."""
+        """Norm queries and keys [..., heads, head_dim] where the family does, and rotate them."""
         if gain is not None:
             qk = normed(qk, self.qk_eps) * gain
         low, high = qk.chunk(2, dim=-1)
@@ -79,82 +80,76 @@ class FusedSegment:
     stop: int
     stacked: tuple[Tensor, Tensor | None]  # K and V matrices of all its layers, and their bias
 
-    def run(self, hidden: Tensor, cache: KVCache) -> Tensor:
-        """Run the layers on a block [1, time, hidden]."""
-        cos, half_sin, masks = self.model.prepare(hidden, cache.lengths[self.start])
-        x = hidden[0]
+    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+        """Run the layers on a block [rows, time, hidden]."""
+        span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
+        cos, half_sin, masks = self.model.prepare(hidden, span)
+        x = hidden.flatten(0, 1)
         for index in range(self.start, self.stop):
             layer = self.model.layers[index]
+            qkv = product(normed(x, self.model.eps), layer.qkv, layer.qkv_bias)
+            qkv = qkv.view(*hidden.shape[:2], -1, self.model.head_dim)
+            qk, value = qkv.split((self.model.heads + self.model.kv_heads, self.model.kv_heads), 2)
+            qk = self.model.rotated(qk, layer.qk_gain, cos, half_sin)
+            query, key = qk.split((self.model.heads, self.model.kv_heads), 2)
+            keys, values = cache.write(key.transpose(1, 2), value.transpose(1, 2), index, span)
             mask = masks[self.model.decoder.positions.layer_types[index]]
-            mixed = self._attend(
-                layer, index, normed(x, self.model.eps), cos, half_sin, mask, cache
-            )
-            x = torch.addmm(x, mixed, layer.out)
+            x = torch.addmm(x, self._attend(query, keys, values, mask, layer.window), layer.out)
             if layer.out_bias is not None:
                 x += layer.out_bias
             gate, up = torch.mm(normed(x, self.model.eps), layer.gate_up).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
-        return x[None]
+        return x.view_as(hidden)
 
     def _attend(
-        self,
-        layer: Layer,
-        index: int,
-        x: Tensor,
-        cos: Tensor,
-        half_sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, window: int | None
     ) -> Tensor:
-        """Attention of a normed block [time, hidden] -> [time, heads * head_dim]."""
-        model, steps = self.model, x.shape[0]
-        qkv = product(x, layer.qkv, layer.qkv_bias).view(steps, -1, model.head_dim)
-        qk, value = qkv.split((model.heads + model.kv_heads, model.kv_heads), dim=1)
-        qk = model.rotated(qk, layer.qk_gain, cos, half_sin)
-        queries, key = qk.split((model.heads, model.kv_heads), dim=1)
-        keys, values = cache.update(
-            key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0), index
-        )
-        if steps == 1:
-            return self._attend_once(queries, keys[0], values[0], layer.window)
+        """Attention of a block's queries [rows, time, heads, head_dim] -> [rows * time, hidden]."""
+        rows, time = query.shape[:2]
+        if time == 1:
+            return self._attend_once(query, keys, values, mask, window)
         mixed = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
+            query.transpose(1, 2),
             keys,
             values,
             attn_mask=mask,
             is_causal=mask is None,
             scale=1.0,
-            enable_gqa=model.heads != model.kv_heads,
+            enable_gqa=self.model.heads != self.model.kv_heads,
         )
-        return mixed[0].transpose(0, 1).reshape(steps, -1)
+        return mixed.transpose(1, 2).reshape(rows * time, -1)
 
     def _attend_once(
-        self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, window: int | None
     ) -> Tensor:
-        """One token's attention: two small batched products beat the general kernel."""
-        if window is not None and keys.shape[1] > window:
-            keys, values = keys[:, -window:], values[:, -window:]
-        grouped = queries.view(self.model.kv_heads, -1, self.model.head_dim)
-        weights = torch.bmm(grouped, keys.transpose(1, 2)).softmax(-1)
-        return torch.bmm(weights, values).view(1, -1)
+        """A token of each row: two small batched products beat the general kernel."""
+        rows, length = keys.shape[0], keys.shape[2]
+        if window is not None and length > window and rows == 1:
+            keys, values, mask = keys[:, :, -window:], values[:, :, -window:], None
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        grouped = query.reshape(keys.shape[0], -1, self.model.head_dim)
+        scores = torch.bmm(grouped, keys.transpose(1, 2))
+        if mask is not None:  # [rows or 1, 1, 1, keys]
+            by_row = scores.view(rows, -1, scores.shape[-1])
+            by_row.masked_fill_(~mask[:, 0], -torch.inf)
+        return torch.bmm(scores.softmax(-1), values).view(rows, -1)
 
-    def store(self, hidden: Tensor, cache: KVCache) -> None:
+    def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """K/V of a block for all layers: one product, one rotation, then a write per layer."""
         model = self.model
-        cos, half_sin, _ = model.prepare(hidden, cache.lengths[self.start])
-        steps, layers = hidden.shape[1], self.stop - self.start
-        kv = product(normed(hidden[0], model.eps), *self.stacked)
-        kv = kv.view(steps, layers, 2, model.kv_heads, model.head_dim)
+        span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
+        cos, half_sin, _ = model.prepare(hidden, span)
+        layers = self.stop - self.start
+        kv = product(normed(hidden.flatten(0, 1), model.eps), *self.stacked)
+        kv = kv.view(*hidden.shape[:2], layers, 2, model.kv_heads, model.head_dim)
         gains = [layer.qk_gain for layer in model.layers[self.start : self.stop]]
         gain = None
         if gains[0] is not None:
             gain = torch.stack([g[model.heads :] for g in gains if g is not None])
-        keys = model.rotated(kv[:, :, 0], gain, cos[:, None], half_sin[:, None])
+        keys = model.rotated(kv[..., 0, :, :], gain, cos[:, :, None], half_sin[:, :, None])
         for i in range(layers):
-            cache.update(
-                keys[:, i].transpose(0, 1)[None],
-                kv[:, i, 1].transpose(0, 1)[None],
-                self.start + i,
+            cache.write(
+                keys[:, :, i].transpose(1, 2), kv[:, :, i, 1].transpose(1, 2), self.start + i, span
             )
 
 
@@ -164,7 +159,7 @@ def normed(x: Tensor, eps: float) -> Tensor:
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ matrix + bias` for [time, in] rows."""
+    """`x @ matrix + bias` for rows [n, in]."""
     return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
 
 

@@ -1,8 +1,9 @@
 """Where the tokens of a block stand: rotary embeddings and attention masks.
 
-A block is `time` consecutive positions starting at `start`, attending to every position below them
-and causally to each other. Families differ in which layers look through a sliding window and in
-whether the rotary embedding depends on the layer's type; both are read off the model here.
+A block is, for each row, `time` consecutive positions from the row's own start on, attending to
+every position of the row below them and causally to each other. Families differ in which layers
+look through a sliding window and in whether the rotary embedding depends on the layer's type; both
+are read off the model here.
 """
 
 import inspect
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, OptionError
+from .cache import Span
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Rotary embeddings of these types do not depend on the length of the text, so a table serves.
@@ -21,9 +23,9 @@ _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 class Block(NamedTuple):
     """What every layer needs besides hidden states; dictionaries are keyed by layer type."""
 
-    position_ids: Tensor  # [1, time]
-    embeddings: dict[str, tuple[Tensor, Tensor]]  # cos, sin: [1, time, head_dim] each
-    masks: dict[str, Tensor | None]  # [1, 1, time, keys], or None where causality is implied
+    position_ids: Tensor  # [rows, time], or [1, time] where all rows have the same
+    embeddings: dict[str, tuple[Tensor, Tensor]]  # cos, sin: [rows or 1, time, head_dim] each
+    masks: dict[str, Tensor | None]  # [rows or 1, 1, time, keys]; None where causality is implied
 
 
 class Positions:
@@ -59,26 +61,29 @@ class Positions:
         self._tabled = rope_types <= _STATIC_ROPE
         self._table: Block | None = None
 
-    def block(self, hidden: Tensor, start: int) -> Block:
+    def block(self, hidden: Tensor, where: Span | int, boolean: bool = False) -> Block:
         """Positions, rotary embeddings and masks for a block.
 
         Args:
-            hidden: [1, time, hidden]; its dtype and device decide those of the result.
-            start: position of its first token.
+            hidden: [rows, time, hidden]; its dtype and device decide those of the result.
+            where: the block's place, or the position at which all its rows start.
+            boolean: give masks of what is seen, whatever the model's own attention takes.
         """
-        time = hidden.shape[1]
-        stop = start + time
-        if self._tabled:
-            table = self._grown_table(hidden, stop)
-            ids = table.position_ids[:, start:stop]
-            embeddings = {
-                kind: (cos[:, start:stop], sin[:, start:stop])
-                for kind, (cos, sin) in table.embeddings.items()
-            }
-        else:
-            ids = torch.arange(start, stop, device=hidden.device)[None]
+        if isinstance(where, int):
+            where = Span((where,), (hidden.shape[1],))
+        if not self._tabled:
+            ids = where.positions(hidden.device)
             embeddings = self._embed(hidden, ids)
-        return Block(ids, embeddings, {k: self._mask(k, hidden, start, stop) for k in self.types})
+        else:
+            table = self._grown_table(hidden, where.stop)
+            if where.even:
+                ids, embeddings = _cut(table, where.starts[0], where.stop)
+            else:
+                ids = where.positions(hidden.device)
+                embeddings = {k: (c[0, ids], s[0, ids]) for k, (c, s) in table.embeddings.items()}
+        attention = "sdpa" if boolean else self._config._attn_implementation
+        masks = {kind: self._mask(kind, attention, hidden, where, ids) for kind in self.types}
+        return Block(ids, embeddings, masks)
 
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self.rotary_by_type:
@@ -97,21 +102,39 @@ class Positions:
         self._table = table = Block(ids, self._embed(hidden, ids), {})
         return table
 
-    def _mask(self, kind: str, hidden: Tensor, start: int, stop: int) -> Tensor | None:
-        attention = self._config._attn_implementation
-        limited = kind == SLIDING and self.window is not None and stop > self.window
-        if "flash" in attention or (stop - start == 1 and not limited):
-            return None  # flash attention is causal from the last key back and knows the window
-        if attention == "sdpa" and start == 0 and not limited:
-            return None  # sdpa is causal by itself while queries and keys are the same tokens
-        query = torch.arange(start, stop, device=hidden.device)[:, None]
-        key = torch.arange(stop, device=hidden.device)[None]
+    def _mask(
+        self, kind: str, attention: str, hidden: Tensor, where: Span, ids: Tensor
+    ) -> Tensor | None:
+        limited = kind == SLIDING and self.window is not None and where.stop > self.window
+        if "flash" in attention:
+            if where.even:
+                return None  # flash attention is causal from the last key back, knows the window
+            raise OptionError(
+                f"attn_implementation={attention!r} cannot mask rows of different lengths; use "
+                "'sdpa' or 'eager', or generate the rows one by one."
+            )
+        if where.even and not limited:
+            if where.time == 1:
+                return None
+            if attention == "sdpa" and where.starts[0] == 0:
+                return None  # sdpa is causal by itself while queries and keys are the same tokens
+        query = ids[:, :, None]
+        key = torch.arange(where.stop, device=hidden.device)
         allowed = key <= query
         if limited and self.window is not None:
             allowed &= key > query - self.window
-        allowed = allowed[None, None]
+        allowed = allowed[:, None]
         if attention == "sdpa":
             return allowed
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(
             ~allowed, torch.finfo(hidden.dtype).min
         )
+
+
+def _cut(table: Block, start: int, stop: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Positions and embeddings from `start` to `stop` of a table that begins at 0."""
+    embeddings = {
+        kind: (cos[:, start:stop], sin[:, start:stop])
+        for kind, (cos, sin) in table.embeddings.items()
+    }
+    return table.position_ids[:, start:stop], embeddings

@@ -2,40 +2,77 @@
 
     token -> embed -> [queue 0] segment 0 -> exit? -> [queue 1] segment 1 -> exit? -> ... -> readout
 
-A step runs one segment on everything that waits in front of it. A token that leaves early simply
-stays in the next queue (it is *pending*); when a later token goes deeper, the pending ones go with
-it, older first, as one causal block. In memory-bound decoding the weights are read once for all of
-them, and in the mode `recompute` every K/V is what a full-depth forward of the text gives.
+A step runs one segment on everything that waits in front of it, for the rows whose newest token
+waits there too. A token that leaves early simply stays in the next queue (it is *pending*); when a
+later token of its row goes deeper, the pending ones go with it, older first, as one causal block.
+In memory-bound decoding the weights are read once for all of them, and in the mode `recompute`
+every K/V is what a full-depth forward of the text gives.
 
-Axes: `batch` (1), `time`, `hidden`, `vocab`.
+Everything else is a choice made over these queues. A prompt is a block of tokens that must go to
+the end (or need not: lazy prefill). Rows of a batch meet in front of a segment or run it apart.
+A deep pass may read out all it runs, which is what checks drafts and audits exits.
+
+Axes: `rows`, `time`, `hidden`, `vocab`.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..confidence import Confidences
 from ..decoder import Decoder
-from ..policy import ExitPolicy
+from ..policy import Check, ExitPolicy
 from .cache import KVCache
+from .queue import Queue, latest, newest
 from .segment import Segment
 
 KV_POLICIES = ("recompute", "propagate")
+PREFILLS = ("full", "lazy")
 # Pending rows are nearly free until a pass stops being bound by reading weights: about 16 on a CPU.
 QUEUE_CAP = 16
 
 
 class Readout(NamedTuple):
-    """What one token's run through the layers ends with."""
+    """Rows that left at one layer, together."""
 
-    logits: Tensor  # [1, vocab]
+    rows: tuple[int, ...]
+    logits: Tensor  # [rows, vocab]
     exit_layer: int
-    confidence: float  # what the policy was shown; nan at full depth, where nothing was asked
+    confidences: list[float]  # what the policy was shown; nan at full depth, where nothing is asked
+    # Full-depth logits [drafts, vocab] of each row's tokens that had left since its last deep pass.
+    drafts: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How tokens move through the queues."""
+
+    kv: str = "recompute"  # how skipped layers get their K/V, or "propagate"
+    queue_cap: int = QUEUE_CAP  # most tokens of a row that may wait in front of one segment
+    prefill: str = "full"  # "lazy": the prompt, too, goes deeper only when a token needs it
+    shallow_passes: int = 1  # runs of the first segment before rows that wait deeper get their turn
+    read_drafts: bool = False  # deep passes read out the pending tokens they catch up
+
+
+@dataclass
+class _Row:
+    """Where one text's newest token is."""
+
+    stage: int = -1  # the segment it waits in front of; -1: it has left, the next one is awaited
+    position: int = 0  # index, among the new tokens, of the token its readout chooses
+    prompt: int = 0  # tokens of the prompt
+    drafts: int = 0  # tokens that left early since the last deep pass
+    cap: int = QUEUE_CAP
+    deep: bool = False  # the newest token must go to the end
+    checks: tuple[Check, ...] = ()  # of the newest token, shallow to deep
 
 
 class Scheduler:
-    """Decodes one text: prompt at full depth, then one token at a time, each to its own depth."""
+    """Decodes a batch of texts, each token to its own depth."""
 
     def __init__(
         self,
@@ -43,111 +80,261 @@ class Scheduler:
         segments: Sequence[Segment],
         cache: KVCache,
         policy: ExitPolicy,
-        confidence: Callable[[Tensor, int], float],
-        kv: str = "recompute",
-        queue_cap: int = QUEUE_CAP,
+        confidences: Confidences,
+        rules: Rules | None = None,
     ):
         """Set up empty queues.
 
         Args:
             decoder: embeds and reads out.
             segments: the model's layers, in order, without gaps.
-            cache: empty.
+            cache: with a row per text, empty or as far as its text has been run before.
             policy: asked at the end of every segment but the last.
-            confidence: (logits [1, vocab], exit layer) -> [0, 1].
-            kv: how skipped layers get their K/V, "recompute" or "propagate".
-            queue_cap: most tokens that may wait in front of one segment, at least 1.
+            confidences: what the policy is shown.
+            rules: how tokens move.
         """
         self.decoder, self.segments, self.cache = decoder, segments, cache
-        self.policy, self.confidence = policy, confidence
-        self.kv, self.queue_cap = kv, queue_cap
-        self.queues: list[list[Tensor]] = [[] for _ in segments]  # each [1, time, hidden]
+        self.policy, self.confidences = policy, confidences
+        self.rules = rules or Rules()
+        self.queues = [Queue(cache.batch) for _ in segments]
+        self.rows = [_Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
         self.deep_passes = 0  # runs of the last segment while decoding
         self.caught_up = 0  # pending tokens that got the last segment's K/V
+        self.layers_run = 0  # while decoding: layers whose weights were read, over all passes
+        self._shallow = 0  # runs of segment 0 since the deeper ones had their turn
 
-    def prefill(self, ids: Tensor) -> Readout:
-        """Run the prompt [1, time] at full depth and read out its last token.
+    @property
+    def last(self) -> int:
+        """Index of the deepest segment."""
+        return len(self.segments) - 1
 
-        Every later token attends to these keys, so an approximation here would never fade.
-        """
-        hidden = self.decoder.embed(ids)
-        for segment in self.segments:
-            hidden = segment.run(hidden, self.cache)
-        return Readout(self.decoder.readout(hidden[:, -1]), self.decoder.n_layers, float("nan"))
+    def prefill(self, ids: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Put the prompts in front of the first segment.
 
-    def decode(self, token: Tensor, position: int) -> Readout:
-        """Run one token [1, 1] until the policy is satisfied with the readout.
+        Unless it is lazy, they go through at full depth: every later token attends to these keys,
+        so an approximation here would never fade.
 
         Args:
-            token: the newest token of the text.
-            position: index, among the new tokens, of the token this readout chooses.
+            ids: [rows, time], each row's tokens first, filled up at the end. What the cache holds
+                already goes before them.
+            counts: tokens of each row; None is `time` for all.
         """
-        self.queues[0].append(self.decoder.embed(token))
-        last = len(self.segments) - 1
-        for index in range(last):
-            newest = self._advance(index)
-            exit_layer = self.segments[index].stop
-            if self._must_go_on(index + 1) or not self.policy.may_exit(exit_layer, position):
-                continue
-            logits = self.decoder.readout(newest[:, -1])
-            confidence = self.confidence(logits, exit_layer)
-            if self.policy.should_exit(exit_layer, confidence, position):
-                self._leave(index + 1)
-                return Readout(logits, exit_layer, confidence)
-        newest = self._advance(last)
-        self.deep_passes += 1
-        return Readout(self.decoder.readout(newest[:, -1]), self.decoder.n_layers, float("nan"))
+        counts = counts or [ids.shape[1]] * len(self.rows)
+        self.queues[0].push(self.decoder.embed(ids), counts)
+        for row, count, held in zip(self.rows, counts, self.cache.lengths[0], strict=True):
+            row.stage, row.prompt, row.deep = 0, held + count, self.rules.prefill == "full"
 
-    def flush(self) -> None:
-        """Give every pending token its K/V in all layers; nothing waits afterwards."""
+    def feed(self, rows: tuple[int, ...], tokens: Tensor) -> None:
+        """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
+        every = None if len(rows) == len(self.rows) else rows
+        self.queues[0].push(self.decoder.embed(tokens), [1] * len(rows), every)
+        for index in rows:
+            row = self.rows[index]
+            row.stage, row.deep, row.checks = 0, False, ()
+            row.position += 1
+
+    def step(self) -> Readout | None:
+        """Run one segment; return the rows that left at its end, if any did."""
+        index = self._next_segment()
+        rows = tuple(i for i, row in enumerate(self.rows) if row.stage == index)
+        out, counts = self._advance(index, rows)
+        if index == self.last:
+            return self._finish(rows, out, counts)
+        return self._ask(index, rows, newest(out, counts))
+
+    def flush(self, rows: tuple[int, ...] | None = None) -> list[Tensor] | None:
+        """Give every pending token of `rows` (None: all) its K/V in all layers.
+
+        Returns:
+            Each row's full-depth logits of the tokens that had left since its last deep pass,
+            [drafts, vocab], if the rules ask for them.
+        """
+        every = rows or tuple(range(len(self.rows)))
+        drafts: dict[int, Tensor] = {}
         for index, queue in enumerate(self.queues):
-            if queue and self.kv == "recompute":
-                self._advance(index)
-                self.caught_up += index == len(self.segments) - 1
-            elif queue:
-                self._propagate(index)
+            waiting = tuple(row for row in every if queue.counts[row])
+            if not waiting:
+                continue
+            block, counts = queue.take(self._selection(waiting))
+            if self.rules.kv == "propagate":
+                self._store(index, waiting, block, counts)
+                continue
+            out = self._run(index, waiting, block, counts)
+            if index == self.last:
+                self.caught_up += sum(counts)
+                if self.rules.read_drafts:
+                    drafts = dict(zip(waiting, self._read(waiting, out, counts, 0), strict=True))
+        for row in every:
+            self.rows[row].drafts = 0
+        return [drafts[row] for row in every] if drafts else None
 
-    def waiting(self, index: int) -> int:
-        """Tokens that wait in front of segment `index`."""
-        return sum(rows.shape[1] for rows in self.queues[index])
+    def rewind(self, row: int, length: int) -> None:
+        """Forget a row's tokens from position `length` on, just after a deep pass of the row."""
+        assert not any(queue.counts[row] for queue in self.queues), "tokens of the row are pending"
+        self.cache.truncate(length, row)
+        self.rows[row].position = length - self.rows[row].prompt
 
-    def _advance(self, index: int) -> Tensor:
-        """Run segment `index` on all that waits; return the rows it ran, the newest last."""
-        queue = self.queues[index]
-        if self.kv == "propagate" and len(queue) > 1:
-            newest = queue.pop()
-            self._propagate(index)
-            queue.append(newest)
-        rows = queue[0] if len(queue) == 1 else torch.cat(queue, dim=1)
-        queue.clear()
-        out = self.segments[index].run(rows, self.cache)
-        if index + 1 < len(self.segments):
-            self.queues[index + 1].append(out)
-        else:
-            self.caught_up += rows.shape[1] - 1
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every row but these, which are numbered anew in the order given."""
+        self.cache.keep(rows)
+        for queue in self.queues:
+            queue.keep(rows)
+        self.rows = [self.rows[row] for row in rows]
+
+    def _next_segment(self) -> int:
+        """The shallowest segment a newest token waits in front of, the first not too often."""
+        stages = {row.stage for row in self.rows} - {-1}
+        deeper = stages - {0}
+        if deeper and (0 not in stages or self._shallow >= self.rules.shallow_passes):
+            return min(deeper)
+        self._shallow = self._shallow + 1 if deeper else 1
+        return 0
+
+    def _advance(self, index: int, rows: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """Run segment `index` on all that waits for `rows`; each row's newest token comes last."""
+        block, counts = self.queues[index].take(self._selection(rows))
+        decoding = self._decoding(rows)
+        if self.rules.kv == "propagate" and decoding and max(counts) > 1:
+            last_tokens = newest(block, counts)[:, None]
+            self._store(index, rows, block, [count - 1 for count in counts])
+            block, counts = last_tokens, [1] * len(rows)
+        out = self._run(index, rows, block, counts)
+        if decoding and index == self.last:
+            self.deep_passes += 1
+            self.caught_up += sum(counts) - len(rows)
+        return out, counts
+
+    def _run(self, index: int, rows: tuple[int, ...], block: Tensor, counts: list[int]) -> Tensor:
+        """Run segment `index` on a block and queue the result in front of the next one."""
+        segment, selection = self.segments[index], self._selection(rows)
+        out = segment.run(block, self.cache, self.cache.span(segment.start, counts, selection))
+        if index < self.last:
+            self.queues[index + 1].push(out, counts, selection)
+        if self._decoding(rows):
+            self.layers_run += segment.stop - segment.start
         return out
 
-    def _propagate(self, index: int) -> None:
-        """Store K/V of all that waits in front of segment `index` and pass it on unchanged."""
-        queue = self.queues[index]
-        rows = queue[0] if len(queue) == 1 else torch.cat(queue, dim=1)
-        queue.clear()
-        self.segments[index].store(rows, self.cache)
-        if index + 1 < len(self.segments):
-            self.queues[index + 1].append(rows)
+    def _store(self, index: int, rows: tuple[int, ...], block: Tensor, counts: list[int]) -> None:
+        """Store K/V of tokens in front of segment `index` and pass them on unchanged."""
+        segment, selection = self.segments[index], self._selection(rows)
+        block = block[:, : max(counts)]
+        segment.store(block, self.cache, self.cache.span(segment.start, counts, selection))
+        if index < self.last:
+            self.queues[index + 1].push(block, counts, selection)
         else:
-            self.caught_up += rows.shape[1]
+            self.caught_up += sum(counts)
 
-    def _must_go_on(self, index: int) -> bool:
-        """Whether the queue in front of segment `index` is too full to leave one more token in."""
-        return self.kv == "recompute" and self.waiting(index) > self.queue_cap
-
-    def _leave(self, index: int) -> None:
-        """Leave the newest token pending; propagation empties a full queue at once, being cheap."""
-        while (
-            self.kv == "propagate"
-            and index < len(self.segments)
-            and self.waiting(index) > self.queue_cap
+    def _ask(self, index: int, rows: tuple[int, ...], hidden: Tensor) -> Readout | None:
+        """Let the policy decide which rows leave with `hidden` [rows, hidden] after a segment."""
+        exit_layer = self.segments[index].stop
+        asked = []  # places among `rows`
+        for place, i in enumerate(rows):
+            self.rows[i].stage = index + 1
+            position = self.rows[i].position
+            if not self._must_go_on(index + 1, i) and self.policy.may_exit(exit_layer, position):
+                asked.append(place)
+        if not asked:
+            return None
+        hidden = _pick(hidden, asked)
+        if self.confidences.reads_hidden:
+            logits = None
+            confidences = self.confidences.of_hidden(self.decoder.normed(hidden), exit_layer)
+        else:
+            logits = self.decoder.readout(hidden)
+            confidences = self.confidences(logits, exit_layer)
+        leaving = []  # places among those asked
+        for place, (i, confidence) in enumerate(
+            zip([rows[place] for place in asked], confidences, strict=True)
         ):
-            self._propagate(index)
+            check = self._check(exit_layer, i, confidence, hidden, logits, place)
+            self.rows[i].checks += (check,)
+            if self.policy.should_exit(check):
+                leaving.append(place)
+        if not leaving:
+            return None
+        if logits is None:
+            logits = self.decoder.readout(_pick(hidden, leaving))
+        else:
+            logits = _pick(logits, leaving)
+        left = tuple(rows[asked[place]] for place in leaving)
+        for i in left:
+            self.rows[i].stage = -1
+            self.rows[i].drafts += 1
+        self._empty_full_queues(index + 1, left)
+        return Readout(left, logits, exit_layer, [confidences[place] for place in leaving])
+
+    def _check(
+        self,
+        exit_layer: int,
+        row: int,
+        confidence: float,
+        hidden: Tensor,
+        logits: Tensor | None,
+        place: int,
+    ) -> Check:
+        """What the policy sees of one row; what it may not want is computed when it asks."""
+
+        def own() -> Tensor:
+            if logits is not None:
+                return logits[place : place + 1]
+            return self.decoder.readout(hidden[place : place + 1])
+
+        return Check(
+            exit_layer,
+            self.rows[row].position,
+            confidence,
+            self.rows[row].checks,
+            choose=lambda: int(own().argmax()),
+            measure=lambda name: self.confidences(own(), exit_layer, name)[0],
+        )
+
+    def _finish(self, rows: tuple[int, ...], out: Tensor, counts: list[int]) -> Readout:
+        """Read out rows that have been through all layers."""
+        drafts = None
+        if self.rules.read_drafts and any(self.rows[i].drafts for i in rows):
+            read = self._read(rows, out, counts, 1)
+            logits = torch.stack([part[-1] for part in read])
+            drafts = [part[:-1] for part in read]
+        else:
+            logits = self.decoder.readout(newest(out, counts))
+        for i in rows:
+            self.rows[i].stage, self.rows[i].drafts = -1, 0
+        return Readout(rows, logits, self.decoder.n_layers, [math.nan] * len(rows), drafts)
+
+    def _read(
+        self, rows: tuple[int, ...], out: Tensor, counts: list[int], newest_too: int
+    ) -> list[Tensor]:
+        """Logits of each row's drafts [drafts + newest_too, vocab] in the last segment's output."""
+        wanted = [self.rows[i].drafts + newest_too for i in rows]
+        return list(self.decoder.readout(latest(out, counts, wanted)).split(wanted))
+
+    def _must_go_on(self, index: int, row: int) -> bool:
+        """Whether a row must not leave: its queue in front of segment `index` is too full."""
+        this = self.rows[row]
+        if this.deep or self.rules.kv == "propagate":
+            return this.deep
+        held = self.cache.lengths[self.segments[index].start][row]
+        prompt = max(0, this.prompt - held)  # a lazy prompt waits there as well
+        return self.queues[index].counts[row] > this.cap + prompt
+
+    def _empty_full_queues(self, index: int, rows: tuple[int, ...]) -> None:
+        """Propagation, being cheap, empties a queue as soon as it is full."""
+        while self.rules.kv == "propagate" and index <= self.last:
+            rows = tuple(i for i in rows if self.queues[index].counts[i] > self.rows[i].cap)
+            if not rows:
+                break
+            self._store(index, rows, *self.queues[index].take(self._selection(rows)))
             index += 1
+
+    def _decoding(self, rows: tuple[int, ...]) -> bool:
+        """Whether a pass over `rows` is part of decoding; prompts go together, before anything."""
+        return any(self.rows[i].position > 0 for i in rows)
+
+    def _selection(self, rows: tuple[int, ...]) -> tuple[int, ...] | None:
+        """`rows` as cache and queues take them: None where they are all."""
+        return None if len(rows) == len(self.rows) else rows
+
+
+def _pick(values: Tensor, places: list[int]) -> Tensor:
+    """Some rows of [rows, ...]; all of them without a copy."""
+    return values if len(places) == len(values) else values[places]

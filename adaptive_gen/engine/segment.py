@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..decoder import Decoder
-from .cache import KVCache
+from .cache import KVCache, Span
 
 
 class Segment(Protocol):
@@ -27,11 +27,14 @@ class Segment(Protocol):
         """Layers that have run after it: the exit layer at its end."""
         ...
 
-    def run(self, hidden: Tensor, cache: KVCache) -> Tensor:
-        """Run the layers on a block [1, time, hidden] that follows what `cache` holds."""
+    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+        """Run the layers on a block [rows, time, hidden].
+
+        Without a `span` the block is the next tokens of every row of `cache`.
+        """
         ...
 
-    def store(self, hidden: Tensor, cache: KVCache) -> None:
+    def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """Give the layers the block's keys and values only (KV propagation)."""
         ...
 
@@ -44,13 +47,13 @@ class ModuleSegment:
     start: int
     stop: int
 
-    def run(self, hidden: Tensor, cache: KVCache) -> Tensor:
+    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
         """Run the layers on a block."""
-        return self.decoder.run(hidden, self.start, self.stop, cache)
+        return self.decoder.run(hidden, self.start, self.stop, cache, span)
 
-    def store(self, hidden: Tensor, cache: KVCache) -> None:
+    def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """Store the block's keys and values."""
-        self.decoder.store(hidden, self.start, self.stop, cache)
+        self.decoder.store(hidden, self.start, self.stop, cache, span)
 
 
 def module_segments(decoder: Decoder, exit_layers: Sequence[int]) -> list[Segment]:
