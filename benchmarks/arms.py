@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adaptive_gen import paired
 from adaptive_gen.bench import mean_depth
-from adaptive_gen.errors import AdaptiveGenError
 from adaptive_gen.paired import Runs
 from adaptive_gen.settings import state
 
@@ -189,17 +188,23 @@ def judge(
         }
         if name in measured.settings:
             row["setting"] = measured.settings[name]
-        if runs.exit_layers and "on" not in arms[name].keywords:
-            layer_speedup = n_layers / mean_depth(runs)
-            row |= {
-                "mean_depth": mean_depth(runs),
-                "layer_speedup": layer_speedup,
-                "decode_tokens_per_s": runs.decode_tokens_per_s,
-                "realised_share": _share(row["wall_speedup"], layer_speedup),
-                **{name: sum(getattr(r, name) for r in runs.reports) for name in COUNTS},
-            }
+        keywords = arms[name].keywords
+        if runs.exit_layers and "on" not in keywords:
+            row |= {count: sum(getattr(r, count) for r in runs.reports) for count in COUNTS}
+            row["decode_tokens_per_s"] = runs.decode_tokens_per_s
+            if not keywords.get("lossless"):  # there every draft runs at full depth later
+                row |= _depths(runs, n_layers, row["wall_speedup"])
         rows[name] = row
     return rows
+
+
+def _depths(runs: Runs, n_layers: int, wall_speedup: float) -> dict[str, Any]:
+    layer_speedup = n_layers / mean_depth(runs)
+    return {
+        "mean_depth": mean_depth(runs),
+        "layer_speedup": layer_speedup,
+        "realised_share": _share(wall_speedup, layer_speedup),
+    }
 
 
 def _share(wall_speedup: float, layer_speedup: float) -> float | None:
@@ -217,16 +222,3 @@ def random_prompts(vocab: int, length: int, count: int, device: str) -> list[Ten
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (count, 1, length), generator=generator)
     return list(ids.to(device))
-
-
-def available(model: Any, **settings: Any) -> bool:
-    """Whether the engine knows these adaptive settings."""
-    from types import SimpleNamespace
-
-    from adaptive_gen.settings import resolve
-
-    try:
-        resolve(SimpleNamespace(**settings), state(model))
-    except AdaptiveGenError:
-        return False
-    return True

@@ -42,6 +42,7 @@ def run(
         "transformers_prompt_lookup": peers.prompt_lookup_arm(),
         peers.REFERENCE: Arm("adaptive_gen, full depth", {"adaptive": True, "threshold": 1.0}),
         "adaptive": Arm("adaptive_gen, adaptive (calibrated default)", {"adaptive": True}),
+        "lossless": Arm("adaptive_gen, lossless", {"adaptive": True, "lossless": True}),
         **{
             f"threshold_{t}": Arm(f"threshold {t}", {"adaptive": True, "threshold": t})
             for t in THRESHOLDS
@@ -54,8 +55,6 @@ def run(
             for name in others
         },
     }
-    if peers.available(model, lossless=True):
-        arms["lossless"] = Arm("adaptive_gen, lossless", {"adaptive": True, "lossless": True})
     measured = peers.measure(
         Stage(model, others),
         inputs(model, tokenizer, prompts, tokens),

@@ -94,14 +94,8 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
             f"cut off at layer {depth} (static truncation)",
             {"on": f"cut_{depth}", "adaptive": True, "threshold": 1.0},
         )
-    if peers.available(model, lossless=True):
-        found["lossless"] = Arm(
-            f"lossless, drafts of exit {first} always right",
-            {
-                "adaptive": True,
-                "lossless": True,
-                "policy": FixedExit(first),
-                "exit_layers": [first],
-            },
-        )
+    found["lossless"] = Arm(
+        f"lossless, drafts of exit {first} always right",
+        {"adaptive": True, "lossless": True, "policy": FixedExit(first), "exit_layers": [first]},
+    )
     return found

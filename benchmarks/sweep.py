@@ -1,4 +1,4 @@
-"""How the cost grows: tokens/s against context length, number of exits and vocabulary.
+"""How the cost grows: tokens/s against context length, batch, number of exits and vocabulary.
 
 One thing changes at a time; the rest is the base shape, a short context and one exit.
 """
@@ -16,10 +16,11 @@ from .shapes import Shape, build, script
 
 AXES = {
     "context": (128, 512, 2048, 8192),
+    "batch": (1, 2, 4, 8, 16, 32),
     "exits": (1, 2, 4, 8),
     "vocab": (4096, 32768, 131072),
 }
-BASE = {"context": 32, "exits": 1}
+BASE = {"context": 32, "batch": 1, "exits": 1}
 DEEP = 0.3  # share of tokens that run at full depth; the others leave at the first exit
 
 
@@ -62,15 +63,20 @@ def _point(
             {"adaptive": True, "policy": on_schedule, "exit_layers": exit_layers},
         ),
     }
-    prompts = peers.random_prompts(shape.vocab, at["context"], 1, device)
+    rows = at["batch"]
+    prompts = [torch.cat(peers.random_prompts(shape.vocab, at["context"], rows, device))]
     measured = peers.measure(Stage(model), prompts, arms, tokens=tokens, rounds=rounds)
     prefill = peers.measure(Stage(model), prompts, arms, tokens=1, rounds=rounds)
-    rows = peers.judge(model, measured, arms, agree=False)
-    for name, row in rows.items():  # a long prompt's prefill would hide the decoding
+    found = peers.judge(model, measured, arms, agree=False)
+    for name, arm in found.items():  # a long prompt's prefill would hide the decoding
         decode_s = float((measured.runs[name].seconds - prefill.runs[name].seconds).sum())
-        row["prefill_s"] = float(prefill.runs[name].seconds.sum())
-        row["decode_tokens_per_s"] = (tokens - 1) / decode_s if decode_s > 0 else None
-    return {"model": shape.name, "exit_layers": exit_layers, "arms": rows}
+        arm["prefill_s"] = float(prefill.runs[name].seconds.sum())
+        arm["decode_tokens_per_s"] = rows * (tokens - 1) / decode_s if decode_s > 0 else None
+        # A measured text is one row; here all rows of a batch are as long.
+        arm["new_tokens"] *= rows
+        arm["tokens_per_s"] *= rows
+        arm["tokens_per_s_p10_p90"] = [rows * speed for speed in arm["tokens_per_s_p10_p90"]]
+    return {"model": shape.name, "exit_layers": exit_layers, "arms": found}
 
 
 def _spread(layers: int, exits: int) -> list[int]:

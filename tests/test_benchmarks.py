@@ -72,6 +72,8 @@ def test_arms_of_the_mechanism_run_at_the_depth_they_say(monkeypatch):
         expected = (4 * (deep + 1) + (20 - deep)) / 21
         assert rows[f"exit_0.25_{kv}"]["mean_depth"] == pytest.approx(expected)
         assert rows[f"exit_0.25_{kv}"]["deep_passes"] >= deep
+    lossless = rows["lossless"]
+    assert lossless["drafted"] == lossless["accepted"] > 0 and "mean_depth" not in lossless
     assert {"cut_2", "transformers", "transformers_static", "transformers_early_exit"} <= set(rows)
     assert all(row["new_tokens"] == 21 for row in rows.values())
 
@@ -132,15 +134,16 @@ def test_the_realised_share_is_of_what_the_saved_layers_could_give():
 
 
 def test_a_sweep_changes_one_thing_at_a_time(monkeypatch):
-    monkeypatch.setattr(sweep, "AXES", {"context": (8, 24), "exits": (1, 2), "vocab": (64, 128)})
-    points = sweep.run(TINY, "cpu", ["context", "exits", "vocab"], tokens=4, rounds=1)
-    assert [(p["axis"], p["value"]) for p in points] == [
-        *(("context", 8), ("context", 24), ("exits", 1)),
-        *(("exits", 2), ("vocab", 64), ("vocab", 128)),
-    ]
-    assert [p["exit_layers"] for p in points] == [[1], [1], [1], [1, 3], [1], [1]]
+    axes = {"context": (8, 24), "batch": (3,), "exits": (1, 2), "vocab": (64, 128)}
+    monkeypatch.setattr(sweep, "AXES", axes)
+    points = sweep.run(TINY, "cpu", list(axes), tokens=4, rounds=1)
+    expected = [(axis, value) for axis, values in axes.items() for value in values]
+    assert [(p["axis"], p["value"]) for p in points] == expected
+    assert [p["exit_layers"] for p in points] == [[1], [1], [1], [1], [1, 3], [1], [1]]
     for point in points:
         assert set(point["arms"]) == {"transformers", "full_depth", "adaptive"}
+        texts = point["value"] if point["axis"] == "batch" else 1
+        assert {arm["new_tokens"] for arm in point["arms"].values()} == {4 * texts}
     ET.fromstring(figure.growth(points[:2]))
 
 
