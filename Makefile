@@ -3,6 +3,8 @@
 #   make demo    install, generate with the built-in model, measure what adaptive depth gains
 #   make test    install with the test tools, run the tests
 #   make check   lint and test
+#   make bench   measure against transformers' ways to decode (half an hour, an idle machine;
+#                BENCH="--track mechanism --shape 8x128" and others: see benchmarks/README.md)
 #   make fix     format and mend what ruff can
 #   make support-table   write the README's table of model families anew
 #   make clean   remove .venv and build leftovers
@@ -15,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := adaptive_gen train calibrate tests benchmarks
 
-.PHONY: demo test lint check fix support-table clean
+.PHONY: demo test lint check bench fix support-table clean
 
 demo: .venv/installed
 	$(BIN)/adaptive-gen generate "Once upon a time, there was a little dog who" --max-new-tokens 120
@@ -30,6 +32,9 @@ lint: .venv/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.suite $(BENCH)
 
 fix: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

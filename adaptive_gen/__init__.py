@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration import Calibration, OperatingPoint
     from .errors import AdaptiveGenError
+    from .exporting import export
     from .losses import sorted_loss
     from .policy import (
         AllOf,
@@ -51,6 +52,7 @@ _HOME = {
     "Patience": "policy",
     "Report": "report",
     "ThresholdPolicy": "policy",
+    "export": "exporting",
     "load": "wrapping",
     "sorted_loss": "losses",
     "stream": "streaming",
@@ -76,6 +78,7 @@ __all__ = [
     "Patience",
     "Report",
     "ThresholdPolicy",
+    "export",
     "load",
     "sorted_loss",
     "stream",

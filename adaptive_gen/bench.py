@@ -79,7 +79,7 @@ def compare(
     runs = measure(model, encoded, arms, max_new_tokens=max_new_tokens, rounds=rounds)
     recipe = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         **environment(model),
         **_setting(resolved),
         "prompts": len(prompts),
@@ -138,7 +138,7 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the clone this runs from; None for an installed copy."""
     git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "."]
     try:

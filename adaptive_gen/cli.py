@@ -1,4 +1,4 @@
-"""The `adaptive-gen` command: chat, generate, info and bench.
+"""The `adaptive-gen` command: chat, generate, info, bench and export.
 
 Options are checked by `options`, text is shown by `ui`, and the work is done by the library. Torch
 and transformers are imported inside the commands: `--help` and wrong options answer at once.
@@ -173,6 +173,25 @@ def bench(
     _show_comparison(model or options.BUILT_IN, found)
     if as_json:
         ui.document({"model": model, **found})
+
+
+@app.command()
+def export(
+    paths: options.ModelAndOut,
+    exit_layer: options.ExitLayer = None,
+    with_generate: options.WithGenerate = False,
+    force: options.Force = False,
+) -> None:
+    """Write a sub-model, or a model that brings its own generate, as a plain checkpoint."""
+    if len(paths) > 2:
+        raise OptionError(f"{paths[2]!r} is one name too many; give [MODEL] OUT.")
+    options.something_to_export(exit_layer, with_generate)
+    loaded, tokenizer = options.load_model(paths[0] if len(paths) == 2 else None)
+    from .exporting import export as write
+
+    said = {"tokenizer": tokenizer, "with_generate": with_generate, "force": force}
+    ui.text(str(write(loaded, paths[-1], exit_layer, **said)))
+    ui.note("read back and compared: its logits equal the model's, bit for bit.")
 
 
 def _show_comparison(name: str, found: dict[str, Any]) -> None:

@@ -45,6 +45,21 @@ Temperature = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document, the last line of stdout.")]
 
+ModelAndOut = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] OUT",
+        help=f"Directory or hub id, default: {BUILT_IN}; then the directory to write.",
+    ),
+]
+ExitLayer = Annotated[
+    int | None, typer.Option(metavar="N", help="Keep this many layers; default: all.")
+]
+WithGenerate = Annotated[
+    bool, typer.Option("--with-generate", help="Let plain transformers decode it adaptively.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace whatever checkpoint OUT holds.")]
+
 
 def dial(threshold: float | None, target_speedup: float | None) -> dict[str, float]:
     """The one choice of depth, as a keyword of `generate`; empty if nothing was said.
@@ -88,6 +103,15 @@ def decoding(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
     if temperature == 0:
         return {"max_new_tokens": max_new_tokens, "do_sample": False}
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}
+
+
+def something_to_export(exit_layer: int | None, with_generate: bool) -> None:
+    """Raise `OptionError` if neither a part nor an addition was asked for: that would be a copy."""
+    if exit_layer is None and not with_generate:
+        raise OptionError(
+            "nothing says what to export; give --exit-layer N for a sub-model, or --with-generate "
+            "for the whole model."
+        )
 
 
 def at_least_one(option: str, value: int | None) -> None:

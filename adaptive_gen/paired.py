@@ -32,6 +32,7 @@ class Runs:
     exit_layers: list[int]  # of all new tokens of all prompts; empty for transformers' own generate
     call_s: NDArray[np.float64]  # [prompts, rounds]
     prefill_s: NDArray[np.float64]  # [prompts, rounds]; nan for transformers' own generate
+    reports: Sequence[Any] = ()  # per prompt, of the first round; none for transformers' generate
 
     @property
     def new_tokens(self) -> NDArray[np.int64]:
@@ -98,13 +99,15 @@ class _Call(NamedTuple):
     exit_layers: list[int]
     call_s: float
     prefill_s: float
+    report: Any = None
 
     @classmethod
     def of(cls, out: Any, seconds: float) -> "_Call":
         report = getattr(out, "report", None)
         if report is None:
             return cls(out.sequences, [], seconds, math.nan)
-        return cls(out.sequences, out.exit_layers[0].tolist(), seconds, seconds - report.decode_s)
+        depths = out.exit_layers[0].tolist()
+        return cls(out.sequences, depths, seconds, seconds - report.decode_s, report)
 
 
 def _runs(prompts: Sequence[Tensor], calls: list[_Call]) -> Runs:
@@ -116,6 +119,7 @@ def _runs(prompts: Sequence[Tensor], calls: list[_Call]) -> Runs:
         exit_layers=[layer for call in first for layer in call.exit_layers],
         call_s=np.array([call.call_s for call in calls]).reshape(-1, len(prompts)).T,
         prefill_s=np.array([call.prefill_s for call in calls]).reshape(-1, len(prompts)).T,
+        reports=[call.report for call in first if call.report is not None],
     )
 
 

@@ -1,0 +1,294 @@
+"""`export`: a sub-model, or the whole model, as a plain checkpoint that any engine can load.
+
+What is written is read back and compared with the model it came from, bit for bit, and only then
+moved to its place, whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import calibration as artefact
+from . import exits
+from .decoder import Decoder
+from .errors import ModelError, OptionError, OutputError
+from .export_card import write_card
+from .generate import AdaptiveMixin
+from .settings import FIELDS, State, state
+
+MARKER = "adaptive_gen_export.json"
+SHIM = Path(__file__).with_name("checkpoint_generate.py")
+
+
+def export(
+    model: Any,
+    out_dir: str | os.PathLike[str],
+    exit_layer: int | None = None,
+    *,
+    tokenizer: Any = None,
+    with_generate: bool = False,
+    force: bool = False,
+) -> Path:
+    """Write the first `exit_layer` layers, the final norm and the LM head as a checkpoint.
+
+    Stock transformers gives that checkpoint's logits equal to the exit's, bit for bit; a drafter
+    for the whole model needs nothing else.
+
+    Args:
+        model: a causal LM, wrapped or not, with all its weights in memory.
+        out_dir: must not exist, be empty, or hold an earlier export and nothing else.
+        exit_layer: layers to keep, 1..n_layers; None is the whole model, with its exits and its
+            calibration.
+        tokenizer: goes along; default: the one that lies where the model was loaded from, if any.
+        with_generate: add `custom_generate/generate.py`, with which plain transformers and
+            `transformers serve` decode adaptively where adaptive_gen is installed.
+        force: replace any other checkpoint in `out_dir` too.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        OptionError: no such exit layer, or nothing to do.
+        ModelError: the model cannot be cut off there: quantised, adapted, partly offloaded, or the
+            layers depend on how many there are.
+        OutputError: `out_dir` is taken or cannot be written.
+    """
+    if exit_layer is None and not with_generate:
+        raise OptionError(
+            "nothing says what to export; give exit_layer=N for a sub-model, or with_generate=True "
+            "for the whole model."
+        )
+    decoder = Decoder(model)
+    layers = decoder.n_layers if exit_layer is None else exit_layer
+    exits.normalise([layers], decoder.n_layers)
+    _check_exportable(model)
+    out = Path(out_dir)
+    source = Path(model.name_or_path) if model.name_or_path else None
+    if source is not None and source.is_dir() and out.resolve() == source.resolve():
+        raise OutputError(f"{out} is what the model was loaded from; name another directory.")
+    _check_free(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder: what is moved within a file system appears whole or not at all.
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+            made = Path(name) / "checkpoint"
+            made.mkdir()
+            _save(model, decoder, layers, made, with_exits=exit_layer is None or with_generate)
+            _check_equal(model, decoder, layers, made)
+            _save_company(model, tokenizer, layers, made, with_generate=with_generate)
+            _mark(model, layers, decoder.n_layers, made)
+            _move(made, out)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {out}: {error.strerror or error}. Name a directory you may write to."
+        ) from error
+    return out
+
+
+def _check_exportable(model: Any) -> None:
+    name = type(model).__name__
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"this {name} carries adapters; merge them first, with merge_and_unload(), and export "
+            "the result."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(
+            f"this {name} is quantised; export the model it was made from, then quantise that."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"this {name} has weights outside memory; load it without device_map, or on a device "
+            "that holds all of it."
+        )
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Raise `OutputError` unless nothing would be lost that an export can make again."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise OutputError(f"{out} is no directory; name one that does not exist.")
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir()}
+    if not found or (force and "config.json" in found):
+        return
+    if force:
+        raise OutputError(
+            f"{out} holds files and no checkpoint: nothing of that is replaced. Name another "
+            "directory."
+        )
+    try:
+        written = set(json.loads((out / MARKER).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{out} is not empty and no earlier export. Name another directory, or replace the "
+            "checkpoint in it with --force (force=True)."
+        ) from None
+    if added := sorted(found - written - {MARKER}):
+        raise OutputError(
+            f"{out} holds {added[0]}, which no export wrote. Move it away, or replace all of "
+            "the directory with --force (force=True)."
+        )
+
+
+def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: bool) -> None:
+    """Config, generation config and weights of the first `layers` layers."""
+    [prefix] = [name for name, module in model.named_modules() if module is decoder.layers]
+    dropped = tuple(f"{prefix}.{index}." for index in range(layers, decoder.n_layers))
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(dropped)}
+    before = {name: getattr(model.config, name) for name in ("dtype", "architectures")}
+    try:
+        model.save_pretrained(made, state_dict=weights)  # notes both in the model's own config
+        config = model.config.to_dict()
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+    if with_exits:
+        _text_part(config)["exit_layers"] = _exits_within(model, decoder, layers)
+    else:
+        _text_part(config).pop("exit_layers", None)
+    depth = decoder.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    _cut_config(_text_part(config), depth, layers, decoder.n_layers)
+    type(model.config).from_dict(config).save_pretrained(made)
+    # A wrapped model has our fields, mostly empty, in its generation config.
+    generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    for name in FIELDS:
+        kept = with_exits and name not in ("policy", "exit_layers")
+        if hasattr(generation, name) and not (kept and getattr(generation, name) is not None):
+            delattr(generation, name)
+    generation._from_model_config = False
+    generation.save_pretrained(made)
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    return config["text_config"] if "text_config" in config else config
+
+
+def _state_of(model: Any) -> State | None:
+    return state(model) if isinstance(model, AdaptiveMixin) else None
+
+
+def _exits_within(model: Any, decoder: Decoder, layers: int) -> list[int]:
+    """The exits a checkpoint of `layers` layers has: those below, and its own end."""
+    wrapped = _state_of(model)
+    known = wrapped.exit_layers if wrapped else getattr(decoder.config, "exit_layers", None)
+    known = known or exits.quarter_points(decoder.n_layers)
+    return list(exits.normalise([e for e in known if e < layers], layers))
+
+
+def _cut_config(config: dict[str, Any], depth: str, layers: int, n_layers: int) -> None:
+    """Set the field `depth`; shorten what names every layer, such as `layer_types`."""
+    config[depth] = layers
+    for name, value in config.items():
+        if "layer" in name and name != "exit_layers" and isinstance(value, list):
+            if len(value) == n_layers:
+                config[name] = value[:layers]
+
+
+@torch.no_grad()
+def _check_equal(model: Any, decoder: Decoder, layers: int, made: Path) -> None:
+    """Load what was written and compare its logits with the model's at that depth: 64 tokens.
+
+    Raises:
+        ModelError: they differ in any bit, or the checkpoint cannot be loaded.
+    """
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, AdaptiveMixin))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (1, 64), generator=generator).to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        loaded: Any = stock.from_pretrained(  # type: ignore[reportAttributeAccessIssue]
+            made, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+        cut = loaded.to(model.device).eval()(input_ids=ids, use_cache=False).logits
+        whole = _exit_logits(model, decoder, ids, layers)
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"{decoder.name} cannot be cut off after {layers} layers ({type(error).__name__}: "
+            f"{error}). Use it whole."
+        ) from error
+    finally:
+        model.train(was_training)
+    if not torch.equal(cut, whole):
+        difference = float((cut.float() - whole.float()).abs().max())
+        raise ModelError(
+            f"{decoder.name} cut off after {layers} layers differs from its own exit there by "
+            f"{difference:.2g} in the logits: its layers depend on how many there are, or it was "
+            "cast after loading. Load it with from_pretrained(..., dtype=...), or use it whole."
+        )
+
+
+def _exit_logits(model: Any, decoder: Decoder, ids: Tensor, layers: int) -> Tensor:
+    """What transformers' own forward has after `layers` layers, read out: [1, time, vocab]."""
+    out = model(input_ids=ids, use_cache=False, output_hidden_states=layers < decoder.n_layers)
+    return decoder.readout(out.hidden_states[layers]) if layers < decoder.n_layers else out.logits
+
+
+def _save_company(
+    model: Any, tokenizer: Any, layers: int, made: Path, *, with_generate: bool
+) -> None:
+    """Tokenizer, calibration, licence, shim and card."""
+    source = Path(model.name_or_path) if model.name_or_path else None
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(made)
+    wrapped = _state_of(model)
+    calibration = wrapped.calibration if wrapped is not None else None
+    if calibration is not None and layers == calibration.n_layers:
+        artefact.save(calibration, made)
+    if source is not None and source.is_dir():
+        for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
+            for file in source.glob(pattern):
+                shutil.copy(file, made)
+    if with_generate:
+        (made / "custom_generate").mkdir()
+        shutil.copyfile(SHIM, made / "custom_generate" / "generate.py")
+    write_card(made, model, layers, calibration, with_generate=with_generate)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    if not model.name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _mark(model: Any, layers: int, n_layers: int, made: Path) -> None:
+    """Say what this is and which files belong to it; the next export may replace just these."""
+    from . import __version__
+
+    files = sorted(f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file())
+    for file in files:
+        (made / file).chmod(0o644)  # safetensors writes for its owner alone
+    document = {
+        "adaptive_gen": __version__,
+        "exit_layer": layers,
+        "n_layers": n_layers,
+        "model": artefact.fingerprint(model)["model"],  # of the whole model's weights
+        "files": files,
+    }
+    (made / MARKER).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _move(made: Path, out: Path) -> None:
+    """Put the finished checkpoint in its place; an earlier one goes when the new one stands."""
+    earlier = made.with_name("earlier")
+    if out.exists():
+        os.rename(out, earlier)
+    try:
+        os.rename(made, out)
+    except BaseException:
+        if earlier.exists():
+            os.rename(earlier, out)
+        raise

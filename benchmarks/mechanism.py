@@ -1,0 +1,101 @@
+"""The mechanism track: what the engine makes of exits, whatever the model's quality.
+
+Random weights of true or small shapes and exits forced by a script, so that nothing is downloaded
+and the saved layers are known in advance.
+"""
+
+from typing import Any
+
+import torch
+
+from adaptive_gen.calibrate.profile import Scripted
+from adaptive_gen.policy import FixedExit
+
+from . import arms as peers
+from .arms import Arm, Stage
+from .shapes import Shape, build, decode_bytes, mean_depth, script, truncated
+
+# Share of the layers an early token runs, share of the tokens that run at full depth.
+SCHEDULES = ((0.25, 0.3), (0.5, 0.2))
+
+
+def run(
+    shape: Shape,
+    device: str,
+    *,
+    tokens: int,
+    prompts: int,
+    prompt_length: int,
+    rounds: int,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Measure one shape.
+
+    Args:
+        shape: of the random model.
+        device: "cpu" (float32) or "cuda" (bfloat16).
+        tokens: new tokens of every text.
+        prompts: how many.
+        prompt_length: ids of each.
+        rounds: repetitions; medians count.
+        compiled: whether compiled transformers takes part.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    exit_layers = sorted({shape.exit_at(share) for share, _ in SCHEDULES})
+    model = build(shape, exit_layers, device, dtype)
+    others: dict[str, Any] = {}
+    arms = {
+        **peers.transformers_arms(device, compiled),
+        "transformers_early_exit": peers.early_exit_arm(exit_layers),
+        **_own_arms(shape, model, others, tokens),
+    }
+    measured = peers.measure(
+        Stage(model, others),
+        peers.random_prompts(shape.vocab, prompt_length, prompts, device),
+        arms,
+        tokens=tokens,
+        rounds=rounds,
+    )
+    speed = measured.runs[peers.REFERENCE].tokens_per_s
+    return {
+        "model": shape.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "n_layers": shape.layers,
+        "exit_layers": exit_layers,
+        "decode_bytes": decode_bytes(model),
+        "full_depth_gb_per_s": decode_bytes(model) * speed / 1e9,
+        "arms": peers.judge(model, measured, arms, agree=False),
+        "skipped": measured.skipped,
+    }
+
+
+def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> dict[str, Arm]:
+    """Our engine: never exiting, armed, on schedule, and cut off at the schedule's mean depth."""
+    full, first = shape.layers, shape.exit_at(SCHEDULES[0][0])
+    armed = Scripted([full] * (tokens + 1), frozenset([first]))
+    found = {
+        peers.REFERENCE: Arm("adaptive_gen, full depth", {"adaptive": True, "threshold": 1.0}),
+        "armed": Arm(
+            f"exit {first} checked, never taken",
+            {"adaptive": True, "policy": armed, "exit_layers": [first]},
+        ),
+    }
+    for share, deep in SCHEDULES:
+        early = shape.exit_at(share)
+        policy = Scripted(script(early, full, deep, tokens + 1), frozenset([early]))
+        for kv in ("recompute", "propagate"):
+            found[f"exit_{share}_{kv}"] = Arm(
+                f"exit {early}, {deep:.0%} of tokens deep, {kv}",
+                {"adaptive": True, "policy": policy, "exit_layers": [early], "kv": kv},
+            )
+        depth = round(mean_depth(shape, early, deep))
+        others[f"cut_{depth}"] = truncated(model, depth)
+        found[f"cut_{depth}"] = Arm(
+            f"cut off at layer {depth} (static truncation)",
+            {"on": f"cut_{depth}", "adaptive": True, "threshold": 1.0},
+        )
+    found["lossless"] = Arm(
+        f"lossless, drafts of exit {first} always right",
+        {"adaptive": True, "lossless": True, "policy": FixedExit(first), "exit_layers": [first]},
+    )
+    return found

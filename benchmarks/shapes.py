@@ -1,0 +1,122 @@
+"""Llama models of chosen shapes with random weights, on which every exit agrees with full depth.
+
+What a token costs does not depend on the weights' values. Layers behind the shallowest exit add
+nothing here, so all depths give one text and a drafted token is always right: the best case of
+every method that drafts.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import adaptive_gen
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a Llama configuration needs."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+    def exit_at(self, share: float) -> int:
+        """The exit layer at a share of the depth, rounded, at least 1."""
+        return max(1, round(share * self.layers))
+
+
+SMALL = (
+    Shape("5x64", 5, 64, 176, 4, 4, 16, 512, tied=True),
+    Shape("8x128", 8, 128, 352, 4, 4, 32, 4096, tied=True),
+    Shape("16x256", 16, 256, 704, 8, 8, 32, 8192, tied=True),
+    Shape("24x512", 24, 512, 1408, 16, 16, 32, 8192, tied=True),
+)
+TRUE = (
+    Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+    Shape("Llama-3-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+    Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 128, 32000),
+    Shape("Llama-2-13B", 40, 5120, 13824, 40, 40, 128, 32000),
+)
+BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE)}
+
+
+def build(
+    shape: Shape, exit_layers: Iterable[int], device: str, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """A wrapped random model whose layers behind the first of `exit_layers` add nothing.
+
+    Args:
+        shape: of the model.
+        exit_layers: ascending.
+        device: "cpu" or "cuda".
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=16384,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    layers = list(exit_layers)
+    with torch.no_grad():
+        for layer in model.model.layers[layers[0] :]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return adaptive_gen.wrap(model, layers)
+
+
+def truncated(model: Any, layers: int) -> Any:
+    """The first `layers` layers of a Llama as a wrapped model that shares all weights."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "num_hidden_layers": layers})
+    config.exit_layers = [layers]
+    with torch.device("meta"):
+        short = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+    short.model.layers = model.model.layers[:layers]
+    for part in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(short.model, part, getattr(model.model, part))
+    short.lm_head = model.lm_head
+    short.generation_config = type(model.generation_config).from_dict(
+        model.generation_config.to_dict()
+    )
+    return adaptive_gen.wrap(short, [layers])
+
+
+def decode_bytes(model: Any) -> int:
+    """Bytes of weights read for one token at full depth: all but the embedding's other rows."""
+    base = model.get_decoder()
+    read = [*base.layers.parameters(), model.get_output_embeddings().weight]
+    return sum(weight.numel() * weight.element_size() for weight in read)
+
+
+def mean_depth(shape: Shape, exit_layer: int, deep: float) -> float:
+    """Layers per token where a share `deep` runs at full depth and the rest leaves early."""
+    return deep * shape.layers + (1 - deep) * exit_layer
+
+
+def script(exit_layer: int, full: int, deep: float, tokens: int) -> list[int]:
+    """Exit layers by position: a share `deep` of them full depth, spread evenly."""
+    return [
+        full if math.floor((i + 1) * deep) > math.floor(i * deep) else exit_layer
+        for i in range(tokens)
+    ]
