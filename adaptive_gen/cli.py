@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -50,9 +50,11 @@ def chat(
     calibration: options.CalibrationFile = None,
     max_new_tokens: options.MaxNewTokens = MAX_NEW_TOKENS,
     temperature: options.Temperature = None,
+    lossless: options.Lossless = False,
+    audit: options.Audit = False,
 ) -> None:
     """Talk to a model. Ctrl-C ends a reply, Ctrl-D the chat; a pipe is read line by line."""
-    depth = options.dial(threshold, target_speedup)
+    depth = {**options.dial(threshold, target_speedup), **options.mode(lossless, audit)}
     decoding = options.decoding(max_new_tokens, temperature)
     loaded, tokenizer = options.load_model(model, calibration=calibration)
     from .conversation import Conversation
@@ -60,11 +62,14 @@ def chat(
 
     context = getattr(state(loaded).decoder.config, "max_position_embeddings", None)
     limit = None if context is None else context - max_new_tokens
-    conversation = Conversation(tokenizer, limit)
+    conversation, past = Conversation(tokenizer, limit), None
     for line in ui.lines():
         if line.strip():
-            tokens, _ = _reply(loaded, tokenizer, conversation.ask(line), depth, decoding)
-            conversation.reply(tokens)
+            # What the chat has in common with its last turn is not run again.
+            kept = {} if past is None else {"past_key_values": past}
+            reply = _reply(loaded, tokenizer, conversation.ask(line), depth, {**decoding, **kept})
+            conversation.reply(reply.tokens)
+            past = reply.cache
 
 
 @app.command()
@@ -78,18 +83,20 @@ def generate(
     calibration: options.CalibrationFile = None,
     max_new_tokens: options.MaxNewTokens = MAX_NEW_TOKENS,
     temperature: options.Temperature = None,
+    lossless: options.Lossless = False,
+    audit: options.Audit = False,
     as_json: options.Json = False,
 ) -> None:
     """Continue one text: the answer on stdout, what it cost on stderr."""
-    depth = options.dial(threshold, target_speedup)
+    depth = {**options.dial(threshold, target_speedup), **options.mode(lossless, audit)}
     decoding = options.decoding(max_new_tokens, temperature)
     prompt = _read_pipe() if prompt is None else prompt
     if not prompt:
         raise OptionError("the prompt is empty; give it at least one word.")
     loaded, tokenizer = options.load_model(model, calibration=calibration)
     if not as_json:
-        _, whole = _reply(loaded, tokenizer, prompt, depth, decoding)
-        raise typer.Exit(0 if whole else 130)
+        reply = _reply(loaded, tokenizer, prompt, depth, decoding)
+        raise typer.Exit(0 if reply.whole else 130)
     from .streaming import stream
 
     chunks = stream(loaded, tokenizer, prompt, **depth, **decoding)
@@ -234,14 +241,16 @@ def _read_pipe() -> str:
     return sys.stdin.read().rstrip("\n")
 
 
-def _reply(
-    model: Any, tokenizer: Any, prompt: Any, depth: dict[str, float], decoding: dict[str, Any]
-) -> tuple[list[int], bool]:
-    """Show a reply while it is decoded, then what it cost.
+class _Reply(NamedTuple):
+    tokens: list[int]
+    whole: bool  # Ctrl-C ends a reply
+    cache: Any  # what the next turn can start from
 
-    Returns:
-        The tokens, and whether it is whole: Ctrl-C ends a reply.
-    """
+
+def _reply(
+    model: Any, tokenizer: Any, prompt: Any, depth: dict[str, Any], decoding: dict[str, Any]
+) -> _Reply:
+    """Show a reply while it is decoded, then what it cost."""
     from .streaming import stream
 
     chunks = stream(model, tokenizer, prompt, **depth, **decoding)
@@ -255,25 +264,22 @@ def _reply(
         chunks.close()
         whole = False
     ui.text("")
-    report = chunks.report
-    ui.footer(
-        report.new_tokens,
-        report.tokens_per_s,
-        report.mean_depth,
-        n_layers,
-        _calibrated_speedup(model, **depth),
-    )
-    return tokens, whole
+    ui.footer(chunks.report, _calibrated_speedup(model, **depth))
+    return _Reply(tokens, whole, chunks.cache)
 
 
 def _calibrated_speedup(
-    model: Any, threshold: float | None = None, target_speedup: float | None = None
+    model: Any,
+    threshold: float | None = None,
+    target_speedup: float | None = None,
+    lossless: bool = False,
+    audit: bool = False,
 ) -> float | None:
-    """What `calibrate` measured for the operating point in use, if one is."""
+    """What `calibrate` measured for the operating point in use, if one is, as it was measured."""
     from .settings import state
 
     calibration = state(model).calibration
-    if calibration is None or threshold is not None:
+    if calibration is None or threshold is not None or lossless or audit:
         return None
     if target_speedup is None:
         return calibration.point.wall_speedup

@@ -38,6 +38,13 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Use this calibration.json, not the model's own."),
 ]
+Lossless = Annotated[
+    bool,
+    typer.Option("--lossless", help="Exits only draft; full depth confirms or corrects."),
+]
+Audit = Annotated[
+    bool, typer.Option("--audit", help="Count how often full depth would have said the same.")
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest reply, in tokens.")]
 Temperature = Annotated[
     float | None,
@@ -85,6 +92,19 @@ def dial(threshold: float | None, target_speedup: float | None) -> dict[str, flo
             )
         return {"target_speedup": target_speedup}
     return {}
+
+
+def mode(lossless: bool, audit: bool) -> dict[str, Any]:
+    """How exits are used, as keywords of `generate`.
+
+    Raises:
+        OptionError: both were asked for.
+    """
+    if lossless and audit:
+        raise OptionError(
+            "--lossless already lets full depth check every token; leave --audit out."
+        )
+    return {name: True for name, asked in (("lossless", lossless), ("audit", audit)) if asked}
 
 
 def decoding(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:

@@ -8,12 +8,15 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from .report import Report
 
 Item = TypeVar("Item")
 
@@ -97,33 +100,31 @@ def shade(depth: float) -> str:
     return SHADES[min(len(SHADES) - 1, max(0, math.ceil(depth * len(SHADES)) - 1))]
 
 
-def footer(
-    new_tokens: int,
-    tokens_per_s: float,
-    mean_depth: float,
-    n_layers: int,
-    wall_speedup: float | None = None,
-) -> None:
+def footer(report: "Report", wall_speedup: float | None = None) -> None:
     """What one reply cost, on stderr.
 
     Args:
-        new_tokens: tokens of the reply.
-        tokens_per_s: decoding speed of the reply.
-        mean_depth: layers per token.
-        n_layers: layers of the model.
+        report: of the reply.
         wall_speedup: the speed-up measured by the calibration in use; without one the footer
-            names the layers saved, which is not a speed-up in time.
+            names the layers saved, which is not a speed-up in time, or what was confirmed.
     """
-    if wall_speedup is None:
-        gain = f"layer_speedup {n_layers / mean_depth:.2f}x" if mean_depth else "layer_speedup -"
+    mean_depth, n_layers = report.mean_depth, report.n_layers
+    parts = [f"{report.new_tokens} tokens", f"{report.tokens_per_s:.0f} tok/s"]
+    if report.drafted:
+        # A confirmed draft has run through all layers as well: its depth is not what it cost.
+        parts.append(f"lossless: {report.accepted} of {report.drafted} drafts confirmed")
     else:
-        gain = f"wall_speedup {wall_speedup:.2f}x (calibrated)"
-    parts = (
-        f"{new_tokens} tokens",
-        f"{tokens_per_s:.0f} tok/s",
-        f"depth {mean_depth:.1f}/{n_layers}",
-        gain,
-    )
+        parts.append(f"depth {mean_depth:.1f}/{n_layers}")
+        if wall_speedup is not None:
+            parts.append(f"wall_speedup {wall_speedup:.2f}x (calibrated)")
+        elif report.new_tokens:
+            parts.append(f"layer_speedup {n_layers / mean_depth:.2f}x")
+        else:
+            parts.append("layer_speedup -")
+    if report.audit is not None:
+        audit = report.audit
+        agreement = f"{audit.agreement:.1%}" if audit.tokens else "-"
+        parts.append(f"agreement {agreement} of {audit.tokens} tokens audited")
     err.print(Text(" · ".join(parts), style="dim"), soft_wrap=True)
 
 

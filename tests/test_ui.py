@@ -8,6 +8,22 @@ import pytest
 from rich.console import Console
 
 from adaptive_gen import ui
+from adaptive_gen.report import Audit, Report
+
+
+def report(new_tokens, mean_depth, decode_s, **fields):
+    return Report(
+        new_tokens=new_tokens,
+        n_layers=4,
+        mean_depth=mean_depth,
+        layer_speedup=1.0,
+        exit_histogram={},
+        deep_passes=0,
+        caught_up=0,
+        prefill_s=0.1,
+        decode_s=decode_s,
+        **fields,
+    )
 
 
 @pytest.fixture
@@ -42,10 +58,20 @@ def test_a_pipe_is_sent_the_text_as_it_is(capsys):
 
 def test_notes_and_footers_go_to_stderr_unwrapped(capsys):
     ui.note("note " * 60)
-    ui.footer(3, 10.0, 2.0, 4)
+    ui.footer(report(3, mean_depth=2.0, decode_s=0.2))
     assert capsys.readouterr() == (
         "",
         "note " * 60 + "\n3 tokens · 10 tok/s · depth 2.0/4 · layer_speedup 2.00x\n",
+    )
+
+
+def test_the_footer_says_what_was_confirmed_or_audited(capsys):
+    ui.footer(report(9, mean_depth=2.0, decode_s=0.8, drafted=8, accepted=6))
+    ui.footer(report(9, mean_depth=2.0, decode_s=0.8, audit=Audit(0.875, 8, 1)), wall_speedup=1.3)
+    assert capsys.readouterr().err == (
+        "9 tokens · 10 tok/s · lossless: 6 of 8 drafts confirmed\n"
+        "9 tokens · 10 tok/s · depth 2.0/4 · wall_speedup 1.30x (calibrated) · "
+        "agreement 87.5% of 8 tokens audited\n"
     )
 
 
@@ -75,5 +101,5 @@ def test_a_document_is_one_line_of_json(capsys):
 
 
 def test_nothing_decoded_is_no_division_by_zero(capsys):
-    ui.footer(0, 0.0, 0.0, 4)
+    ui.footer(report(0, mean_depth=0.0, decode_s=0.0))
     assert "0 tokens" in capsys.readouterr().err
