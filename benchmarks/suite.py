@@ -23,10 +23,10 @@ import adaptive_gen
 from adaptive_gen import bench, ui
 from adaptive_gen.prompts import bench_prompts
 
-from . import end_to_end, figure, mechanism, micro, sweep
+from . import end_to_end, figure, mechanism, micro, modes, sweep
 from .shapes import BY_NAME, SMALL, TRUE, Shape
 
-TRACKS = ("mechanism", "end_to_end", "sweep", "micro")
+TRACKS = ("mechanism", "end_to_end", "modes", "sweep", "micro")
 Save = Callable[[Any], None]
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,6 +39,7 @@ def main() -> None:
     run = {
         "mechanism": _mechanism,
         "end_to_end": _end_to_end,
+        "modes": _modes,
         "sweep": _sweep,
         "micro": lambda args, save: save(micro.run(args.device)),
     }
@@ -123,6 +124,18 @@ def _end_to_end(args: argparse.Namespace, save: Save) -> None:
     save(found)
     _show(found, args)
     _free()
+
+
+def _modes(args: argparse.Namespace, save: Save) -> None:
+    model, tokenizer = adaptive_gen.load(args.model, device_map=args.device)
+    found = modes.run(model, tokenizer, bench_prompts(), tokens=args.tokens, rounds=args.rounds)
+    save(found)
+    for batch in found:
+        ui.table(
+            f"batches of {batch['rows']}, {batch['texts']} texts",
+            ("", "tok/s", "wall_speedup", "same text"),
+            ((name, *arm.values()) for name, arm in batch["arms"].items()),
+        )
 
 
 def _sweep(args: argparse.Namespace, save: Save) -> None:

@@ -90,13 +90,13 @@ def test_a_row_is_what_it_is_alone(family, mode, schedule):
 
 
 class Uneven:
-    """Leaves at depths that follow from what the token is, so that rows part at every step."""
+    """Leaves at depths that follow from token and position, so that rows part at every step."""
 
     def may_exit(self, exit_layer, position):
         return True
 
     def should_exit(self, check):
-        return check.token % 3 == {2: 0, 4: 1}[check.exit_layer]
+        return (check.token + check.position) % 3 == {2: 0, 4: 1}[check.exit_layer]
 
 
 @pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
