@@ -1,6 +1,6 @@
 """The search: which exits to check, at which threshold, for how much speed and agreement.
 
-Every threshold of one grid with every subset of the exits is replayed on the traces and priced by
+Every threshold of one grid with every subset of the exits is simulated on the traces and priced by
 the cost model. A check costs a readout, so an exit that rarely fires is left out: that is decided
 here by price, not by a rule.
 """
@@ -16,13 +16,13 @@ from adaptive_gen.calibration import ConfidenceMap
 
 from . import maps
 from .cost import Cost
-from .schedule import Replay, replay
+from .schedule import Outcome, simulate
 from .trace import Trace
 
 # Chances of agreement: fine near certainty, where most of the choice is.
 THRESHOLDS = tuple(np.round(1 - np.geomspace(0.7, 0.002, 48), 4).tolist())
 MOST_SUBSETS = 31  # all subsets of five exits; of more exits only small subsets and the whole
-AT_ONCE = 512  # settings replayed together, to bound memory
+AT_ONCE = 512  # settings simulated together, to bound memory
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def candidates(
     kv: str,
     queue_cap: int,
 ) -> list[Candidate]:
-    """Replay and price every threshold with every subset of the exits.
+    """Simulate and price every threshold with every subset of the exits.
 
     Args:
         trace: full-depth texts.
@@ -87,9 +87,9 @@ def candidates(
     columns = [maps.apply(curves[e], raw[..., k]) for k, e in enumerate(exits)]
     chance = np.stack(columns, axis=-1)  # [texts, time, exits]
 
-    def run(thresholds: NDArray, checked: NDArray) -> Replay:
+    def run(thresholds: NDArray, checked: NDArray) -> Outcome:
         leaves = chance[..., None] >= thresholds
-        return replay(
+        return simulate(
             trace.exit_layers, trace.lengths, trace.agrees, leaves, checked, kv, queue_cap
         )
 
