@@ -7,12 +7,11 @@ of one text hang together and would promise several times too much.
 Axes: `...` any leading axes, `n` prompts.
 
 Sources: exact binomial (Clopper and Pearson 1934); betting (Waudby-Smith and Ramdas 2024,
-arXiv 2010.09686); Hoeffding-Bentkus and fixed-sequence testing (Learn then Test, Angelopoulos et
-al., arXiv 2110.01052).
+arXiv 2010.09686); Hoeffding-Bentkus (Angelopoulos et al., arXiv 2110.01052).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,15 +112,3 @@ def check_enough(test: Test, n: int, risk: float, delta: float) -> None:
         f"it takes {needed} to certify on, even if none of them differs. Give more prompts, or a "
         f"risk of {math.ceil(possible * 1000) / 1000:g} or more."
     )
-
-
-def fixed_sequence(p_values: Sequence[float], delta: float) -> int:
-    """How many leading claims hold together at level `delta`.
-
-    Testing stops at the first that fails, so the order must be fixed before the losses are seen;
-    in return the whole sequence costs one test's level (Learn then Test).
-    """
-    for count, p in enumerate(p_values):
-        if not p <= delta:
-            return count
-    return len(p_values)

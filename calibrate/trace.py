@@ -3,8 +3,6 @@
 Axes: `texts`, `time` (new tokens, padded to the longest text), `exits` (below full depth).
 """
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_gen.errors import CalibrationError, OutputError
+from adaptive_gen.errors import CalibrationError
+from adaptive_gen.files import whole
 
 
 @dataclass(frozen=True)
@@ -101,19 +100,8 @@ def save(trace: Trace, path: Path) -> None:
         "ids": np.concatenate([*trace.texts, np.zeros(0, dtype=np.int64)]),
         **{f"confidence.{name}": values for name, values in trace.confidence.items()},
     }
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            name = file.name
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(name, path)
-    except OSError as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}. Make room there or name another place with "
-            "--work."
-        ) from None
+    with whole(path, "--work", "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load(path: Path) -> Trace:

@@ -117,10 +117,3 @@ def test_the_risk_named_in_a_refusal_is_one_that_can_be_promised():
         bounds.check_enough(bounds.betting, 40, 0.01, DELTA)
     possible = float(str(error.value).split("risk of ")[-1].split(" or more")[0])
     bounds.check_enough(bounds.betting, 40, possible, DELTA)
-
-
-def test_testing_stops_at_the_first_failure():
-    assert bounds.fixed_sequence([0.01, 0.05, 0.06, 0.0], DELTA) == 2
-    assert bounds.fixed_sequence([0.2, 0.0], DELTA) == 0
-    assert bounds.fixed_sequence([0.0, 0.0], DELTA) == 2
-    assert bounds.fixed_sequence([math.nan], DELTA) == 0

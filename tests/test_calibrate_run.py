@@ -11,14 +11,14 @@ import adaptive_gen
 from adaptive_gen import calibration as artefact
 from adaptive_gen.calibrate import cli, collect, prompts
 from adaptive_gen.calibrate.run import Options, run
-from adaptive_gen.calibrate.search import Target
+from adaptive_gen.calibrate.target import Target
 from adaptive_gen.confidence import MEASURES
 from adaptive_gen.errors import DataError, ModelError, Unreachable
 from adaptive_gen.prompts import read
 from adaptive_gen.settings import state
 
 TEXTS = [f"prompt number {i}" for i in range(8)]
-QUICK = Options(max_new_tokens=4, rounds=1)
+QUICK = Options(max_new_tokens=4, rounds=1, least_gain=0.0)
 UNREACHABLE = ["--max-new-tokens", "4", "--target-speedup", "1e6"]
 LOOSE = Target("disagreement", 1.0)
 
@@ -99,11 +99,11 @@ def test_a_calibration_survives_the_file_and_decides_generation(
     assert by_default.exit_layers.tolist() == by_hand.exit_layers.tolist()
 
 
-def test_the_seed_and_the_hash_decide_the_halves_not_the_order():
-    one, other = prompts.halves(TEXTS, seed=0), prompts.halves(TEXTS[::-1], seed=0)
-    assert one == other
-    assert sorted([*one[0], *one[1]]) == sorted(TEXTS)
-    assert prompts.halves(TEXTS, seed=1) != one
+def test_the_seed_and_the_hash_decide_the_order_not_the_file():
+    one = prompts.ordered(TEXTS, seed=0)
+    assert prompts.ordered(TEXTS[::-1], seed=0) == one
+    assert sorted(one) == sorted(TEXTS)
+    assert prompts.ordered(TEXTS, seed=1) != one
 
 
 def test_an_unreachable_speed_leaves_the_model_as_it_was(model, byte_tokenizer):
