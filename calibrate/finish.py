@@ -18,7 +18,9 @@ from .trace import Trace
 from .verify import Arena, Measured
 
 
-def draft(model: Any, trace: Trace, found: Found, cost: Cost, options: Options, job: Any):
+def draft(
+    model: Any, trace: Trace, found: Found, cost: Cost, options: Options, job: Any
+) -> Calibration:
     """The calibration without its points: what gives thresholds their meaning."""
     recipe = {
         **environment(model),

@@ -60,11 +60,6 @@ class Session:
         """By the search."""
         return Found.parse(self.store.read("search", "search"))
 
-    @property
-    def searched(self) -> tuple[Any, Trace, Found]:
-        """What the stages after the search begin with."""
-        return self.model, self.trace, self.found
-
     @cached_property
     def replayed(self) -> tuple[list[Candidate], list[float]]:
         """Settings and their mean losses."""

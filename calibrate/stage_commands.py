@@ -85,7 +85,9 @@ def replay(work: choices.Work, model: Model = None) -> None:
     session = _open(work, model)
     from .stages import replay_stage
 
-    front, means = replay_stage(*session.searched, session.options, session.store)
+    front, means = replay_stage(
+        session.model, session.trace, session.found, session.options, session.store
+    )
     rows = [(str(c), c.speedup, mean) for c, mean in zip(front, means, strict=True)]
     ui.table("replayed", ("setting", "predicted", "mean loss"), rows)
 
@@ -96,7 +98,14 @@ def certify(work: choices.Work, model: Model = None) -> None:
     from .stages import certify_stage
 
     session.use_draft()
-    steps = certify_stage(*session.searched, session.replayed, session.options, session.store)
+    steps = certify_stage(
+        session.model,
+        session.trace,
+        session.found,
+        session.replayed,
+        session.options,
+        session.store,
+    )
     rows = [(str(s.candidate), s.risk, s.p_value, s.certified) for s in steps]
     ui.table("tested in this order", ("setting", "mean loss", "p-value", "certified"), rows)
 

@@ -149,7 +149,9 @@ def search_stage(
     return found
 
 
-def replay_stage(model: Any, trace: Trace, found: Found, options: Options, store: Store):
+def replay_stage(
+    model: Any, trace: Trace, found: Found, options: Options, store: Store
+) -> tuple[list[search.Candidate], list[float]]:
     """Mean loss of every setting of the front on the texts it was searched on."""
     seen, _ = trace.split(found.searched)
     if options.kv == "propagate":

@@ -1,6 +1,7 @@
 """What `calibrate` prints of a calibration."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from adaptive_gen import calibration as artefact
@@ -38,9 +39,9 @@ def show(found: artefact.Calibration, as_json: bool) -> None:
 
 def threshold(point: artefact.OperatingPoint) -> str:
     """One number, or one per exit."""
-    if isinstance(point.threshold, float):
-        return f"{point.threshold:.3f}"
-    return " ".join(f"{layer}:{value:.3f}" for layer, value in point.threshold.items())
+    if isinstance(point.threshold, Mapping):
+        return " ".join(f"{layer}:{value:.3f}" for layer, value in point.threshold.items())
+    return f"{point.threshold:.3f}"
 
 
 def _row(point: artefact.OperatingPoint, chosen: bool) -> tuple[str, ...]:
