@@ -1,4 +1,4 @@
-"""Options that several commands of `calibrate` share; their checks come before a model is loaded."""
+"""Options that commands of `calibrate` share, and their checks, made before a model is loaded."""
 
 import math
 import tempfile
