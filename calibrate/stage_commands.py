@@ -134,7 +134,21 @@ def verify(
     tables.show(found, as_json)
 
 
-COMMANDS = (collect, profile, search, replay, certify, verify)
+def gate(work: choices.Work, model: Model = None, out: choices.Out = None) -> None:
+    """Besides: fit a confidence that needs no LM head, and write gate.safetensors."""
+    directory = choices.home(out, model)
+    session = _open(work, model)
+    from .gate import fit
+
+    texts = len(session.trace.lengths)
+    found, rows = fit(session.model, session.trace, (texts + 1) // 2)
+    columns = ("confidence", "exit", "AUROC", "ECE", "tokens")
+    cells = [(r.confidence, r.exit_layer, r.auroc, r.error, r.tokens) for r in rows]
+    ui.table("on prompts not fitted to", columns, cells)
+    ui.note(f"written to {found.save(directory)}")
+
+
+COMMANDS = (collect, profile, search, replay, certify, verify, gate)
 
 
 def _open(work: Any, model: str | None, **changes: Any) -> Any:
