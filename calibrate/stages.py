@@ -53,7 +53,7 @@ class Options:
     thresholds: str = "single"  # or "per-exit"
     loss: str = "prefix"  # of a certificate
     level: float = 0.95  # of a certificate
-    least_gain: float = worth.LEAST_GAIN
+    least_gain: float | None = None  # None is worth.LEAST_GAIN
 
 
 def job(model: Any, tokenizer: Any, prompts: Sequence[Prompt], options: Options) -> dict[str, Any]:

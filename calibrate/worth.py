@@ -13,7 +13,7 @@ LEAST_GAIN = 1.03  # a predicted gain below this is not worth a setting
 
 
 def check(
-    front: Sequence[Candidate], target: Target, cost: Cost, trace: Trace, least: float = LEAST_GAIN
+    front: Sequence[Candidate], target: Target, cost: Cost, trace: Trace, least: float | None = None
 ) -> None:
     """Stop where even the best setting is predicted to gain next to nothing.
 
@@ -22,13 +22,13 @@ def check(
         target: what a setting must keep to.
         cost: this device's cost model.
         trace: what the exits said.
-        least: smallest predicted gain to go on with.
+        least: smallest predicted gain to go on with; None is `LEAST_GAIN`.
 
     Raises:
         Unreachable: the advice not to use adaptive depth, with its reasons.
     """
     best = front[-1] if target.by_speed or target.kind == "risk" else front[pick(front, target)]
-    if best.speedup >= least:
+    if best.speedup >= (LEAST_GAIN if least is None else least):
         return
     shares = []
     for k, exit_layer in enumerate(trace.exit_layers[:-1]):
