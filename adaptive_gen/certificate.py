@@ -40,8 +40,9 @@ class Certificate:
         dtype, device = fingerprint.get("dtype", "its dtype"), fingerprint.get("device", "device")
         return (
             f"Certified: on new prompts from the same source as the {self.prompts} prompts of the "
-            f"certification, drawn independently, the mean loss is at most {self.max_risk:g}. The loss is the "
-            f"{LOSSES[self.loss]}; its mean on those prompts was {self.risk:.4f}. A calibration "
+            f"certification, drawn independently, the mean loss is at most {self.max_risk:g}. The "
+            f"loss is the {LOSSES[self.loss]}; its mean on those prompts was {self.risk:.4f}. A "
+            "calibration "
             f"like this one gives a false certificate with a chance of at most "
             f"{1 - self.level:.2g}, over the draw of its prompts. It covers this model and "
             f"tokenizer in {dtype} on {device}, kv={kv}, greedy decoding of one text at a time, up "

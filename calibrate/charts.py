@@ -7,7 +7,7 @@ import numpy as np
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 48
+LEFT, RIGHT, TOP, BOTTOM = 62, 30, 14, 48
 
 
 def plain(value: float) -> str:
@@ -33,7 +33,7 @@ class Chart:
         x: tuple[float, float],
         y: tuple[float, float],
         labels: tuple[str, str],
-        formats: tuple[Callable[[float], str], Callable[[float], str]] = (plain, plain),
+        formats: tuple[Callable[[float], str] | None, Callable[[float], str]] = (plain, plain),
     ):
         """Draw the axes.
 
@@ -41,15 +41,15 @@ class Chart:
             x: smallest and largest value.
             y: the same, upwards.
             labels: of both axes.
-            formats: how their numbers are written.
+            formats: how their numbers are written; None leaves those of x out.
         """
         self.x, self.y = _wide(x), _wide(y)
         self.marks: list[str] = []
         self.legend: list[tuple[str, str]] = []
-        for value in _ticks(*self.x):
+        for value in _ticks(*self.x) if formats[0] is not None else []:
             left = self._across(value)
             self._add(f'<line class="grid" x1="{left}" y1="{TOP}" x2="{left}" y2="{_base()}"/>')
-            self._text(left, _base() + 18, formats[0](value), "middle")
+            self._text(left, _base() + 18, formats[0](value) if formats[0] else "", "middle")
         for value in _ticks(*self.y):
             up = self._up(value)
             self._add(f'<line class="grid" x1="{LEFT}" y1="{up}" x2="{WIDTH - RIGHT}" y2="{up}"/>')

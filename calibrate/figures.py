@@ -18,14 +18,15 @@ def front(found: Calibration, evidence: Mapping[str, Any]) -> str:
     """Speed against agreement: predicted, measured, chosen, certified."""
     predicted = [(c["speedup"], c["agreement"]) for c in evidence["front"]]
     measured = [(p.speedup, p.agreement) for p in found.points]
+    intervals = [
+        (*p.wall_speedup_interval, p.agreement) for p in found.points if p.wall_speedup_interval
+    ]
     xs, ys = zip(*predicted, *measured, strict=True)
+    xs = (*xs, *(low for low, _, _ in intervals), *(high for _, high, _ in intervals))
     bottom = min(ys) - 0.02
     labels = "times as fast as the full model", "tokens that agree"
     chart = Chart((min(1.0, *xs) - 0.02, max(xs) + 0.05), (bottom, 1.0), labels, (times, percent))
     chart.line(predicted, "a", "predicted from traces")
-    intervals = [
-        (*p.wall_speedup_interval, p.agreement) for p in found.points if p.wall_speedup_interval
-    ]
     chart.spans(intervals, "b")
     titles = [f"threshold {threshold(p)}: {p.speedup:.2f}x" for p in found.points]
     chart.dots(measured, "b", "measured", titles)
@@ -41,14 +42,12 @@ def depths(found: Calibration, evidence: Mapping[str, Any]) -> str:
     layers = sorted({*histogram, found.n_layers})
     shares = [histogram.get(layer, 0) / total for layer in layers]
     ends = (-0.5, len(layers) - 0.5)
-    chart = Chart(ends, (0, min(1.0, max(shares) * 1.15)), ("", "tokens"), (_none, percent))
+    chart = Chart(
+        ends, (0, min(1.0, max(shares) * 1.15)), ("layers run", "tokens"), (None, percent)
+    )
     names = [f"{n:.0%} after {layer}" for n, layer in zip(shares, layers, strict=True)]
     chart.bars(list(enumerate(shares)), "a", names)
     return chart.svg("tokens by the layers they ran")
-
-
-def _none(value: float) -> str:
-    return ""
 
 
 def reliability(evidence: Mapping[str, Any]) -> str:
@@ -70,7 +69,7 @@ def survival(evidence: Mapping[str, Any]) -> str:
     lengths = np.array(rows["lengths"])
     longest = int(lengths.max())
     chart = Chart((0, longest), (0, 1), ("new tokens", "texts still the same"), (plain, percent))
-    for kind, name in (("a", "replayed"), ("b", "decoded")):
+    for kind, name in (("a", "replayed"), ("b over", "decoded")):
         first = np.array(rows[name])
         same = [float(((first >= t) | (first == lengths)).mean()) for t in range(longest + 1)]
         chart.line(list(enumerate(same)), kind, name)

@@ -58,10 +58,8 @@ LOSSES: Mapping[str, Callable[[Ids, Ids], float]] = {
 }
 
 
-def mean_interval(values: NDArray, weights: NDArray | None = None) -> tuple[float, float, float]:
-    """Weighted mean over prompts with its 95 % bootstrap interval: (mean, low, high)."""
-    weights = np.ones(len(values)) if weights is None else weights
+def mean_interval(values: NDArray) -> tuple[float, float, float]:
+    """Mean over prompts with its 95 % bootstrap interval: (mean, low, high)."""
     draw = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = (values * weights)[draw].sum(1) / weights[draw].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float((values * weights).sum() / weights.sum()), float(low), float(high)
+    low, high = np.percentile(values[draw].mean(1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)

@@ -25,6 +25,7 @@ svg{width:100%;height:auto;display:block}
 .line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.c{stroke:var(--c)}.line.d{stroke:var(--d)}
 .line.e{stroke:var(--e)}.line.f{stroke:var(--f)}
 .line.ideal{stroke:var(--soft);stroke-width:1.3;stroke-dasharray:5 5}
+.line.over{stroke-dasharray:7 7}
 .dot.a,.bar.a{fill:var(--a)}.dot.b{fill:var(--b)}.dot.c{fill:var(--c)}.dot.d{fill:var(--d)}
 .dot.e{fill:var(--e)}.dot.f{fill:var(--f)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;color:var(--soft);font-size:.85rem}
