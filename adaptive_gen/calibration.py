@@ -10,16 +10,19 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import CalibrationError, OutputError, Unreachable
+from . import certificate as certificates
+from .certificate import Certificate
+from .errors import CalibrationError, Unreachable
+from .files import whole
 
 FILE_NAME = "calibration.json"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 had neither certificates, qualities nor thresholds per exit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,8 @@ class ConfidenceMap:
 class OperatingPoint:
     """One setting of the dial, with what it gains and what it costs."""
 
-    threshold: float  # smallest calibrated chance of agreement that exits
+    # Smallest calibrated chance of agreement that exits; of all checked exits, or of each.
+    threshold: float | Mapping[int, float]
     exit_layers: tuple[int, ...]  # exits that are checked, full depth last
     mean_depth: float  # layers per token
     layer_speedup: float  # n_layers / mean_depth
@@ -67,6 +71,11 @@ class OperatingPoint:
     wall_speedup: float | None = None  # measured tokens/s over full depth; None = only predicted
     wall_speedup_interval: tuple[float, float] | None = None  # 95 % bootstrap over prompts
     tokens: int = 0  # tokens behind mean_depth and agreement
+    latency_ms: float | None = None  # measured, per new token of whole calls
+    decode_speedup: float | None = None  # wall_speedup with the prompts' passes left out
+    # Loss of whole texts against full depth's -> (mean, low, high), 95 % bootstrap over prompts.
+    quality: Mapping[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    certificate: Certificate | None = None
 
     @property
     def speedup(self) -> float:
@@ -100,6 +109,16 @@ class Calibration:
         """The operating point used when the caller names none."""
         return self.points[self.default]
 
+    @property
+    def certified(self) -> bool:
+        """Whether any operating point carries a promise."""
+        return any(p.certificate is not None for p in self.points)
+
+    def without_certificates(self) -> "Calibration":
+        """The same settings with every promise withdrawn."""
+        bare = tuple(dataclasses.replace(p, certificate=None) for p in self.points)
+        return dataclasses.replace(self, points=bare)
+
     def for_speedup(self, target: float) -> OperatingPoint:
         """The most faithful operating point that is at least `target` times as fast.
 
@@ -125,18 +144,9 @@ def save(calibration: Calibration, directory: str | os.PathLike[str]) -> Path:
     """
     path = Path(directory) / FILE_NAME
     document = {"version": VERSION, **dataclasses.asdict(calibration)}
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=directory, prefix=".calibration-", suffix=".json", delete=False
-        ) as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}. Name a directory you may write to with --out."
-        ) from None
+    with whole(path, "--out") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
     return path
 
 
@@ -159,10 +169,10 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         raise CalibrationError(
             f"{path} is not JSON. Run `calibrate run` to make it anew."
         ) from None
-    if not isinstance(document, dict) or document.get("version") != VERSION:
+    if not isinstance(document, dict) or document.get("version") not in READABLE:
         found = document.get("version") if isinstance(document, dict) else None
         raise CalibrationError(
-            f"{path} has version {found!r}; this release reads version {VERSION}. "
+            f"{path} has version {found!r}; this release reads version {READABLE[0]} to {VERSION}. "
             "Run `calibrate run` to make it anew."
         )
     try:
@@ -200,21 +210,31 @@ def _parse(document: dict[str, Any]) -> Calibration:
 
 
 def _parse_point(point: dict[str, Any]) -> OperatingPoint:
-    interval = point["wall_speedup_interval"]
+    interval, threshold = point["wall_speedup_interval"], point["threshold"]
+    if isinstance(threshold, dict):
+        threshold = {int(layer): float(value) for layer, value in threshold.items()}
     return OperatingPoint(
         **{
             **point,
+            "threshold": threshold,
             "exit_layers": tuple(int(layer) for layer in point["exit_layers"]),
             "wall_speedup_interval": None if interval is None else tuple(interval),
+            "quality": {name: tuple(v) for name, v in point.get("quality", {}).items()},
+            "certificate": certificates.parse(point.get("certificate")),
         }
     )
 
 
-def fingerprint(model: Any, engine: str = "module") -> dict[str, Any]:
-    """What a calibration depends on: the weights, their dtype, the device and the engine.
+def fingerprint(model: Any, engine: str = "module", tokenizer: Any = None) -> dict[str, Any]:
+    """What a calibration depends on: weights, tokenizer, dtype, device, engine and decoding.
 
     The weights' hash covers every 997th value of each tensor, in float32: it tells checkpoints
     apart and is the same whether a checkpoint stored in 16 bits is run in 16 or in 32.
+
+    Args:
+        model: the model.
+        engine: the back end that runs its layers.
+        tokenizer: None leaves it out.
     """
     import torch
 
@@ -225,8 +245,24 @@ def fingerprint(model: Any, engine: str = "module") -> dict[str, Any]:
     device = model.device.type
     return {
         "model": digest.hexdigest()[:16],
+        **({} if tokenizer is None else {"tokenizer": tokenizer_hash(tokenizer)}),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
         "engine": engine,
         "batch": 1,
     }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Names a tokenizer by its vocabulary, its chat template and how it cuts a sample up."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{index}:{token}\n".encode("utf-8", "surrogatepass"))
+    sample = "The 3 foxes don't say: naïve  `x += 1`,\n日本語 и ещё.\t"
+    digest.update(json.dumps([tokenizer.chat_template, tokenizer(sample)["input_ids"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def differences(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Names of what differs between two fingerprints; what one of them leaves out does not."""
+    return [key for key, value in here.items() if made.get(key) not in (None, value)]

@@ -84,7 +84,7 @@ def wrap(
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
     attach(model, State(decoder, backend, normalised, calibration, queue_cap))
     if calibration is not None:
-        _compare_fingerprint(calibration, model)
+        _compare_fingerprint(model)
     if not isinstance(model, AdaptiveMixin):
         model.__class__ = _adaptive_class(type(model))
     for name in FIELDS:
@@ -116,16 +116,41 @@ def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:
         )
 
 
-def _compare_fingerprint(calibration: artefact.Calibration, model: Any) -> None:
-    """Say, once, what the calibration was made on if that is not what it is used on."""
-    here = artefact.fingerprint(model, state(model).backend.name)
+def _compare_fingerprint(model: Any, tokenizer: Any = None) -> None:
+    """Say, once, what the calibration was made on if that is not what it is used on.
+
+    Generation works all the same, but whatever was certified is so no longer.
+    """
+    wrapped = state(model)
+    calibration = wrapped.calibration
+    if calibration is None:
+        return
     made = calibration.fingerprint
-    differing = [key for key, value in here.items() if made.get(key) not in (None, value)]
+    if tokenizer is None:
+        here = artefact.fingerprint(model, wrapped.backend.name)
+    else:
+        here = {"tokenizer": artefact.tokenizer_hash(tokenizer)}
+    differing = artefact.differences(made, here)
     if differing:
-        state(model).tell_once(
-            f"the calibration was made on another {' and '.join(differing)}: its agreement and "
-            "speed are not promised here. Run `calibrate run` to have them measured."
+        withdrawn = "its certificate is withdrawn and " if calibration.certified else ""
+        wrapped.calibration = calibration.without_certificates()
+        wrapped.tell_once(
+            f"the calibration was made on another {' and '.join(differing)}: {withdrawn}its "
+            "agreement and speed are not promised here. Run `calibrate run` to have them measured."
         )
+    elif calibration.certified and tokenizer is None and _decodes_otherwise(model, calibration):
+        wrapped.calibration = calibration.without_certificates()
+        wrapped.tell_once(
+            f"the calibration is certified for greedy decoding with kv={calibration.kv}, and this "
+            "model's generation config says otherwise: its certificate is withdrawn. Set "
+            "do_sample=False there, or run `calibrate run`."
+        )
+
+
+def _decodes_otherwise(model: Any, calibration: artefact.Calibration) -> bool:
+    config = model.generation_config
+    kv = getattr(config, "kv", None)
+    return bool(config.do_sample) or kv not in (None, calibration.kv)
 
 
 def load(
@@ -177,4 +202,6 @@ def load(
         ) from error
     if calibration is None and (directory / artefact.FILE_NAME).is_file():
         calibration = directory
-    return wrap(model, exit_layers, calibration or None, engine=engine), tokenizer
+    wrap(model, exit_layers, calibration or None, engine=engine)
+    _compare_fingerprint(model, tokenizer)
+    return model, tokenizer

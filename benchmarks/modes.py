@@ -53,7 +53,7 @@ def _batch(model: Any, ids: list[Tensor], rows: int, tokens: int, rounds: int) -
     seconds = {name: np.zeros((len(batches), rounds)) for name in ways}
     written = dict.fromkeys(ways, 0)
     texts: dict[str, list[Tensor]] = {name: [] for name in ways}
-    for name, way in ways.items():
+    for way in ways.values():
         generate(model, batches[0], max_new_tokens=4, **way)
     order = list(itertools.product(range(rounds), range(len(batches))))
     for r, b in progress(order, f"batches of {rows}", total=len(order)):

@@ -1,6 +1,10 @@
-"""Collecting traces: decode at full depth, then read every exit out along the finished text."""
+"""Collecting traces: decode at full depth, then read every exit out along the finished text.
 
-from collections.abc import Sequence
+With a directory, finished shards are kept there: a second call does only what is missing.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +13,23 @@ from torch import Tensor
 
 from adaptive_gen.confidence import MEASURES
 from adaptive_gen.decoder import Decoder
+from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.errors import CalibrationError
 from adaptive_gen.paired import generate
 from adaptive_gen.ui import progress
 
+from . import trace as traces
 from .trace import Trace, padded
+
+SHARD = 8  # texts: the most that an interruption loses
 
 
 def collect(
-    model: Any, prompts: Sequence[Tensor], exit_layers: tuple[int, ...], max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Tensor],
+    exit_layers: tuple[int, ...],
+    max_new_tokens: int,
+    work: Path | None = None,
 ) -> Trace:
     """Trace the full-depth greedy continuations of the prompts.
 
@@ -25,38 +38,68 @@ def collect(
         prompts: token ids [1, time] each.
         exit_layers: ascending; the last is full depth.
         max_new_tokens: texts end there, or earlier by themselves.
+        work: where shards are kept; they must be of this model and these prompts.
     """
     decoder = Decoder(model)
-    agrees: list[np.ndarray] = []
-    confidence: dict[str, list[np.ndarray]] = {name: [] for name in MEASURES}
-    for ids in progress(prompts, "collecting traces", total=len(prompts)):
-        out, _ = generate(model, ids, adaptive=True, threshold=1.0, max_new_tokens=max_new_tokens)
-        choices, scores = _read_out(decoder, out.sequences, ids.shape[1], exit_layers)
-        agrees.append((choices[:, :-1] == choices[:, -1:]).cpu().numpy())
-        for name, score in scores.items():
-            confidence[name].append(score.cpu().double().numpy())
+    starts = range(0, len(prompts), SHARD)
+    bar = progress(starts, f"collecting traces of {len(prompts)} prompts", total=len(starts))
+    found = []
+    for start in bar:
+        path = None if work is None else work / f"traces-{start // SHARD:05d}.npz"
+        shard = None if path is None else _finished(path)
+        if shard is None:
+            part = prompts[start : start + SHARD]
+            rows = [_trace(model, decoder, ids, exit_layers, max_new_tokens) for ids in part]
+            shard = traces.join(rows)
+            if path is not None:
+                traces.save(shard, path)
+        found.append(shard)
+    return traces.join(found)
+
+
+def _finished(path: Path) -> Trace | None:
+    """A shard of an earlier run; one that cannot be read is made anew."""
+    try:
+        return traces.load(path)
+    except CalibrationError:
+        return None
+
+
+@torch.no_grad()
+def _trace(
+    model: Any, decoder: Decoder, ids: Tensor, exit_layers: tuple[int, ...], max_new_tokens: int
+) -> Trace:
+    out, _ = generate(model, ids, adaptive=True, threshold=1.0, max_new_tokens=max_new_tokens)
+    text = out.sequences
+    new = text[0, ids.shape[1] :]
     exits = len(exit_layers) - 1
+    choices, scores = [], {name: [] for name in MEASURES}
+    for _, hidden in along(decoder, text[:, :-1], exit_layers[:-1]):
+        logits = decoder.readout(hidden[0, ids.shape[1] - 1 :])  # [new, vocab]
+        choices.append((logits.argmax(-1) == new).cpu().numpy())
+        for name, measure in MEASURES.items():
+            scores[name].append(measure(logits).cpu().double().numpy())
     return Trace(
         exit_layers=exit_layers,
-        lengths=np.array([len(text) for text in agrees]),
-        confidence={name: padded(texts, exits) for name, texts in confidence.items()},
-        agrees=padded(agrees, exits),
+        lengths=np.array([len(new)]),
+        confidence={n: padded([np.stack(s, axis=-1)], exits) for n, s in scores.items()},
+        agrees=padded([np.stack(choices, axis=-1)], exits),
+        texts=(text[0].cpu().numpy(),),
     )
 
 
 @torch.no_grad()
-def _read_out(
-    decoder: Decoder, ids: Tensor, prompt: int, exit_layers: tuple[int, ...]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Choices [new, exits + 1] and raw confidences [new, exits] for the new tokens of one text."""
-    choices: list[Tensor] = []
-    scores: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
-    # The last token was chosen but never read from.
-    for exit_layer, logits in decoder.readouts(ids[:, :-1], exit_layers):
-        new = logits[0, prompt - 1 :]  # [new, vocab]
-        choices.append(new.argmax(-1))
-        if exit_layer != exit_layers[-1]:
-            for name, measure in MEASURES.items():
-                scores[name].append(measure(new))
-    stacked = {name: torch.stack(columns, dim=-1) for name, columns in scores.items()}
-    return torch.stack(choices, dim=-1), stacked
+def along(
+    decoder: Decoder, ids: Tensor, exit_layers: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Run a whole text [1, time] and stop at every exit on the way.
+
+    Yields:
+        (exit layer, hidden states [1, time, hidden] there, not normed), shallow to deep.
+    """
+    cache = KVCache(decoder.n_layers, capacity=ids.shape[1])
+    hidden, start = decoder.embed(ids), 0
+    for exit_layer in exit_layers:
+        hidden = decoder.run(hidden, start, exit_layer, cache)
+        start = exit_layer
+        yield exit_layer, hidden

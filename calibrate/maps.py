@@ -4,6 +4,9 @@ A map changes no ranking within one exit. It puts all exits and measures on one 
 threshold means the same everywhere; how well a measure ranks is a separate number, the AUROC.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
@@ -11,7 +14,21 @@ from scipy.stats import rankdata
 
 from adaptive_gen.calibration import ConfidenceMap
 
+from .trace import Trace
+
 MOST_KNOTS = 40
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well one measure tells at one exit which tokens will agree, on unseen prompts."""
+
+    confidence: str
+    exit_layer: int
+    agreement: float
+    auroc: float | None  # None where all agree, or none
+    error_before: float  # expected calibration error of the raw confidence
+    error_after: float  # and of the mapped one
 
 
 def fit(raw: NDArray, agrees: NDArray) -> ConfidenceMap:
@@ -84,3 +101,23 @@ def calibration_error(chance: NDArray, agrees: NDArray, bins: int = 15) -> float
     parts = [p for p in np.array_split(order, bins) if len(p)]
     gaps = [len(p) * abs(chance[p].mean() - agrees[p].mean()) for p in parts]
     return float(sum(gaps) / len(chance))
+
+
+def qualities(trace: Trace, curves: Mapping[str, Mapping[int, ConfidenceMap]]) -> list[Quality]:
+    """Judge every measure and exit on traces that its map was not fitted to."""
+    rows = []
+    for measure in curves:
+        for k, exit_layer in enumerate(trace.exit_layers[:-1]):
+            raw, agrees = trace.at(measure, k)
+            mapped = apply(curves[measure][exit_layer], raw)
+            rows.append(
+                Quality(
+                    confidence=measure,
+                    exit_layer=exit_layer,
+                    agreement=float(agrees.mean()),
+                    auroc=auroc(raw, agrees),
+                    error_before=calibration_error(raw, agrees),
+                    error_after=calibration_error(mapped, agrees),
+                )
+            )
+    return rows

@@ -13,7 +13,7 @@ from adaptive_gen.settings import state
 from adaptive_gen.ui import progress
 
 from .cost import Cost, fit
-from .schedule import Work, replay
+from .schedule import Work, simulate
 
 ROUNDS = 5
 
@@ -56,7 +56,7 @@ def work(script: Scripted, exit_layers: tuple[int, ...], kv: str, queue_cap: int
     """What the engine does when it follows a script over one text."""
     below = np.array(exit_layers[:-1])
     leaves = np.array(script.depths)[None, :, None, None] == below[:, None]
-    return replay(
+    return simulate(
         exit_layers,
         lengths=np.array([len(script.depths)]),
         agrees=np.ones(leaves.shape[:3], dtype=bool),

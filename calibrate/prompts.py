@@ -9,7 +9,7 @@ from importlib.resources import files
 from adaptive_gen.errors import DataError
 from adaptive_gen.prompts import Prompt, parse, read
 
-FEWEST = 8  # below this a half is no sample of anything
+FEWEST = 8  # below this one part is no sample of anything
 
 
 def prompt_set(path: str | os.PathLike[str] | None) -> list[Prompt]:
@@ -31,8 +31,8 @@ def prompt_set(path: str | os.PathLike[str] | None) -> list[Prompt]:
     return list(different.values())
 
 
-def halves(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Split by hash: one half to search on, one to measure on.
+def ordered(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Shuffle by hash: the first ones are searched on, the others measured and certified on.
 
     A prompt's place in the order depends on its text and the seed alone, not on the file's order.
     """
@@ -40,6 +40,4 @@ def halves(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Pro
     def rank(prompt: Prompt) -> str:
         return hashlib.sha256(f"{seed}:{json.dumps(prompt)}".encode()).hexdigest()
 
-    ordered = sorted(prompts, key=rank)
-    middle = (len(ordered) + 1) // 2
-    return ordered[:middle], ordered[middle:]
+    return sorted(prompts, key=rank)

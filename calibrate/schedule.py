@@ -1,6 +1,6 @@
 """What the engine would do with traced tokens, for many settings at once and without running it.
 
-A replay of the scheduler's queues (adaptive_gen/engine/scheduler.py): who leaves where, which
+A simulation of the scheduler's queues (adaptive_gen/engine/scheduler.py): who leaves where, which
 segments run on how many rows, how many readouts are made. Exact as long as the texts are the traced
 ones; the tests hold it against the scheduler itself.
 
@@ -32,16 +32,17 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Outcome:
     """The outcome of every setting, [settings] each."""
 
     tokens: int  # new tokens, first ones included
     mean_depth: NDArray
     agreement: NDArray
     work: Work
+    depths: NDArray[np.int16]  # [texts, time, settings]: layers each token ran; 0 is padding
 
 
-def replay(
+def simulate(
     exit_layers: tuple[int, ...],
     lengths: NDArray,
     agrees: NDArray,
@@ -49,7 +50,7 @@ def replay(
     checked: NDArray,
     kv: str,
     queue_cap: int,
-) -> Replay:
+) -> Outcome:
     """Run the queues over traced texts.
 
     Args:
@@ -61,11 +62,11 @@ def replay(
         kv: "recompute" or "propagate".
         queue_cap: most tokens that wait in front of a segment.
     """
-    queues = _Queues(exit_layers, len(lengths), checked, kv, queue_cap)
+    queues = _Queues(exit_layers, lengths, checked, kv, queue_cap)
     for time in range(1, int(lengths.max(initial=1))):
         real = np.flatnonzero(time < lengths)
-        queues.step(real, leaves[real, time], agrees[real, time])
-    return queues.outcome(lengths)
+        queues.step(time, real, leaves[real, time], agrees[real, time])
+    return queues.outcome()
 
 
 class _Queues:
@@ -74,28 +75,33 @@ class _Queues:
     def __init__(
         self,
         exit_layers: tuple[int, ...],
-        texts: int,
+        lengths: NDArray,
         checked: NDArray,
         kv: str,
         queue_cap: int,
     ):
         self.exit_layers, self.checked, self.kv, self.cap = exit_layers, checked, kv, queue_cap
         self.sizes = np.diff(exit_layers, prepend=0)  # layers per segment
-        settings = checked.shape[1]
-        self.waiting = np.zeros((len(exit_layers), texts, settings), dtype=np.int64)
-        self.depth, self.agreed, self.layers, self.rows, self.readouts, self.stores, self.stored = (
-            np.zeros(settings, dtype=np.int64) for _ in range(7)
+        self.lengths, settings = lengths, checked.shape[1]
+        self.waiting = np.zeros((len(exit_layers), len(lengths), settings), dtype=np.int64)
+        self.depths = np.zeros((len(lengths), int(lengths.max(initial=1)), settings), np.int16)
+        # The prompt runs at full depth, and so does the new token it ends with.
+        self.depths[:, 0] = exit_layers[-1]
+        self.agreed, self.layers, self.rows, self.readouts, self.stores, self.stored = (
+            np.zeros(settings, dtype=np.int64) for _ in range(6)
         )
 
-    def step(self, texts: NDArray, leaves: NDArray, agrees: NDArray) -> None:
+    def step(self, time: int, texts: NDArray, leaves: NDArray, agrees: NDArray) -> None:
         """Decode one token of each of `texts`.
 
         Args:
+            time: the token's place among the new tokens.
             texts: [n] rows that have this token.
             leaves: [n, exits, settings].
             agrees: [n, exits].
         """
         waiting = self.waiting[:, texts]  # a copy, written back below
+        depth = np.full(waiting.shape[1:], self.exit_layers[-1], dtype=np.int16)
         going = np.ones(waiting.shape[1:], dtype=bool)
         waiting[0] += 1
         last = len(self.exit_layers) - 1
@@ -106,16 +112,16 @@ class _Queues:
                 asked &= waiting[s + 1] <= self.cap
             self.readouts += asked.sum(0)
             left = asked & leaves[:, s]
-            self.depth += left.sum(0) * self.exit_layers[s]
+            depth[left] = self.exit_layers[s]
             self.agreed += (left & agrees[:, s, None]).sum(0)
             if self.kv == "propagate":
                 self._spill(waiting, s + 1, left)
             going = going & ~left
         self._advance(waiting, last, going)
         self.readouts += going.sum(0)
-        self.depth += going.sum(0) * self.exit_layers[-1]
         self.agreed += going.sum(0)
         self.waiting[:, texts] = waiting
+        self.depths[texts, time] = depth
 
     def _advance(self, waiting: NDArray, s: int, going: NDArray) -> None:
         """Run segment `s` where a token goes on, on all that waits there."""
@@ -143,13 +149,12 @@ class _Queues:
                 waiting[s + 1] += block
             s += 1
 
-    def outcome(self, lengths: NDArray) -> Replay:
-        texts, tokens = len(lengths), int(lengths.sum())
-        one = np.ones_like(self.depth)
-        # The prompt runs at full depth, and so does the new token it ends with.
-        return Replay(
+    def outcome(self) -> Outcome:
+        texts, tokens = len(self.lengths), int(self.lengths.sum())
+        one = np.ones_like(self.agreed)
+        return Outcome(
             tokens=tokens,
-            mean_depth=(self.depth + texts * self.exit_layers[-1]) / tokens,
+            mean_depth=self.depths.sum((0, 1), dtype=np.int64) / tokens,
             agreement=(self.agreed + texts) / tokens,
             work=Work(
                 texts=one * texts,
@@ -160,4 +165,5 @@ class _Queues:
                 stores=self.stores,
                 stored=self.stored,
             ),
+            depths=self.depths,
         )

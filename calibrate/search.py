@@ -1,8 +1,9 @@
 """The search: which exits to check, at which threshold, for how much speed and agreement.
 
-Every threshold of one grid with every subset of the exits is replayed on the traces and priced by
-the cost model. A check costs a readout, so an exit that rarely fires is left out: that is decided
-here by price, not by a rule.
+With one threshold for all exits, every threshold of a grid with every subset of the exits is
+simulated on the traces and priced by the cost model. With thresholds of their own, all tuples are
+evaluated from a histogram and the best of them simulated. A check costs a readout, so an exit that
+rarely fires is left out: that is decided here by price, not by a rule.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,46 +14,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_gen.calibration import ConfidenceMap
+from adaptive_gen.errors import OptionError
 
 from . import maps
 from .cost import Cost
-from .schedule import Replay, replay
+from .histogram import tables
+from .schedule import Outcome, Work, simulate
+from .target import Target
 from .trace import Trace
 
 # Chances of agreement: fine near certainty, where most of the choice is.
 THRESHOLDS = tuple(np.round(1 - np.geomspace(0.7, 0.002, 48), 4).tolist())
 MOST_SUBSETS = 31  # all subsets of five exits; of more exits only small subsets and the whole
-AT_ONCE = 512  # settings replayed together, to bound memory
+AT_ONCE = 512  # settings simulated together, to bound memory
+# Thresholds per exit when each has its own, by number of exits: at most about 65,000 tuples.
+GRID = {1: 200, 2: 120, 3: 40, 4: 16, 5: 9}
+NEVER = 2.0  # in a tuple: above every chance, the exit is not checked
+AIM = 1.03  # how far beyond a speed a prediction should lie, being a prediction
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One setting with what the traces and the cost model predict of it."""
 
-    threshold: float
+    threshold: float | tuple[float, ...]  # of all checked exits, or one of each
     exit_layers: tuple[int, ...]  # checked exits, full depth last
     mean_depth: float
     agreement: float
     speedup: float  # wall clock, whole calls
+    latency_ms: float = 0.0  # per new token, whole calls
 
+    @property
+    def thresholds(self) -> dict[int, float]:
+        """Of every checked exit."""
+        exits = self.exit_layers[:-1]
+        if isinstance(self.threshold, tuple):
+            return dict(zip(exits, self.threshold, strict=True))
+        return dict.fromkeys(exits, self.threshold)
 
-@dataclass(frozen=True)
-class Target:
-    """What the user asked for."""
-
-    kind: str  # "speedup" or "disagreement"
-    value: float
-
-    def met(self, speedup: float, agreement: float) -> bool:
-        """Whether a point with these figures is good enough."""
-        if self.kind == "speedup":
-            return speedup >= self.value
-        return 1 - agreement <= self.value
+    @property
+    def dial(self) -> float | dict[int, float]:
+        """The threshold as `generate` and the artefact take it."""
+        return self.thresholds if isinstance(self.threshold, tuple) else self.threshold
 
     def __str__(self) -> str:
-        """The option that asks for it."""
-        option = "target-speedup" if self.kind == "speedup" else "max-disagreement"
-        return f"--{option} {self.value:g}"
+        """Thresholds and exits, for a note."""
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        numbers = ", ".join(f"{t:g}" for t in values)
+        return f"threshold {numbers} at exit {', '.join(map(str, self.exit_layers[:-1]))}"
 
 
 def subsets(exits: Sequence[int]) -> list[tuple[int, ...]]:
@@ -63,47 +72,124 @@ def subsets(exits: Sequence[int]) -> list[tuple[int, ...]]:
     return [c for c in found if len(c) <= 2 or len(c) == len(exits)]
 
 
-def candidates(
-    trace: Trace,
-    curves: Mapping[int, ConfidenceMap],
-    measure: str,
-    cost: Cost,
-    *,
-    kv: str,
-    queue_cap: int,
-) -> list[Candidate]:
-    """Replay and price every threshold with every subset of the exits.
+@dataclass(frozen=True)
+class Traced:
+    """One measure's traces with all that prices a setting on them."""
 
-    Args:
-        trace: full-depth texts.
-        curves: exit layer -> confidence map of `measure`.
-        measure: which recorded confidence decides.
-        cost: this device's cost model.
-        kv: "recompute" or "propagate".
-        queue_cap: the engine's.
-    """
-    exits = trace.exit_layers[:-1]
-    raw = trace.confidence[measure]
-    columns = [maps.apply(curves[e], raw[..., k]) for k, e in enumerate(exits)]
-    chance = np.stack(columns, axis=-1)  # [texts, time, exits]
+    trace: Trace
+    chance: NDArray[np.float64]  # [texts, time, exits]: mapped confidences
+    cost: Cost
+    kv: str
+    queue_cap: int
 
-    def run(thresholds: NDArray, checked: NDArray) -> Replay:
-        leaves = chance[..., None] >= thresholds
-        return replay(
-            trace.exit_layers, trace.lengths, trace.agrees, leaves, checked, kv, queue_cap
+    @classmethod
+    def of(
+        cls,
+        trace: Trace,
+        curves: Mapping[int, ConfidenceMap],
+        measure: str,
+        cost: Cost,
+        kv: str,
+        queue_cap: int,
+    ) -> "Traced":
+        """Map the recorded confidences of `measure`."""
+        raw = trace.confidence[measure]
+        columns = [maps.apply(curves[e], raw[..., k]) for k, e in enumerate(trace.exit_layers[:-1])]
+        return cls(trace, np.stack(columns, axis=-1), cost, kv, queue_cap)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exit layers below full depth."""
+        return self.trace.exit_layers[:-1]
+
+    def simulate(self, thresholds: NDArray) -> Outcome:
+        """Follow the queues; thresholds [exits, settings], above 1 where an exit is not checked."""
+        leaves = self.chance[..., None] >= thresholds
+        t = self.trace
+        return simulate(
+            t.exit_layers, t.lengths, t.agrees, leaves, thresholds <= 1, self.kv, self.queue_cap
         )
 
-    full_s = cost.time(run(np.ones(1), np.zeros((len(exits), 1), dtype=bool)).work)[0]
-    settings = [(t, subset) for subset in subsets(exits) for t in THRESHOLDS]
-    found = []
+    def full_depth_s(self) -> float:
+        """Predicted seconds of all texts at full depth."""
+        return self.cost.time(self.simulate(np.full((len(self.exits), 1), NEVER)).work)[0]
+
+
+def candidates(traced: Traced) -> list[Candidate]:
+    """Simulate and price every threshold of the grid with every subset of the exits."""
+    settings = [
+        (t, [t if e in subset else NEVER for e in traced.exits])
+        for subset in subsets(traced.exits)
+        for t in THRESHOLDS
+    ]
+    return _priced(traced, settings)
+
+
+def per_exit(traced: Traced) -> list[Candidate]:
+    """The best of all tuples of thresholds, one for each exit, simulated and priced.
+
+    Raises:
+        OptionError: there are too many exits for that.
+    """
+    exits = traced.exits
+    if len(exits) not in GRID:
+        raise OptionError(
+            f"thresholds of their own are searched for up to {max(GRID)} exits; there are "
+            f"{len(exits)}. Name some of them with --exit-layers."
+        )
+    grid = np.append(np.round(1 - np.geomspace(0.7, 0.002, GRID[len(exits)] - 1), 4), NEVER)
+    speed, agreed = _histogram(traced, grid)
+    best = _staircase(speed, agreed)
+    tuples = np.stack(np.unravel_index(best, (len(grid),) * len(exits)), axis=-1)
+    settings = []
+    for indices in tuples:
+        values = grid[indices].tolist()
+        checked = tuple(v for v in values if v <= 1)
+        if checked:
+            settings.append((checked, values))
+    return _priced(traced, settings)
+
+
+def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
+    """Predicted speed and agreeing tokens of every tuple, flat."""
+    trace = traced.trace
+    decoded = trace.real.copy()
+    decoded[:, 0] = False  # the first new token belongs to the prompt's pass
+    t = tables(trace.exit_layers, traced.chance[decoded], trace.agrees[decoded], grid)
+    zero = np.zeros(t.layers.size)
+    recompute = traced.kv == "recompute"
+    work = Work(
+        texts=zero + len(trace.lengths),
+        tokens=zero + decoded.sum(),
+        layers=t.layers.ravel(),
+        rows=t.skipped.ravel() if recompute else zero,
+        readouts=t.readouts.ravel(),
+        stores=zero,
+        stored=zero if recompute else t.skipped.ravel(),
+    )
+    return 1 / traced.cost.time(work), t.agreed.ravel()
+
+
+def _staircase(speed: NDArray, agreed: NDArray, most: int = 400) -> NDArray:
+    """Indices of the points that no other beats, thinned evenly to about `most`."""
+    order = np.lexsort((-agreed, -speed))
+    best = np.maximum.accumulate(agreed[order])
+    kept = order[np.flatnonzero(np.diff(best, prepend=-1) > 0)]
+    return kept[np.unique(np.linspace(0, len(kept) - 1, most).astype(int))]
+
+
+def _priced(traced: Traced, settings: Sequence[tuple[float | tuple[float, ...], list[float]]]):
+    """Candidates of (threshold as asked for, threshold of every exit) pairs."""
+    full_s, found = traced.full_depth_s(), []
     for start in range(0, len(settings), AT_ONCE):
         part = settings[start : start + AT_ONCE]
-        checked = np.array([[e in subset for _, subset in part] for e in exits])
-        outcome = run(np.array([t for t, _ in part]), checked)
-        speedup = full_s / cost.time(outcome.work)
-        figures = zip(part, outcome.mean_depth, outcome.agreement, speedup, strict=True)
-        for (threshold, subset), *numbers in figures:
-            layers = (*subset, trace.n_layers)
+        outcome = traced.simulate(np.array([values for _, values in part]).T)
+        seconds = traced.cost.time(outcome.work)
+        figures = zip(outcome.mean_depth, outcome.agreement, full_s / seconds, seconds, strict=True)
+        for (threshold, values), (depth, agreement, speedup, s) in zip(part, figures, strict=True):
+            checked = (e for e, v in zip(traced.exits, values, strict=True) if v <= 1)
+            layers = (*checked, traced.trace.n_layers)
+            numbers = (depth, agreement, speedup, 1000 * s / outcome.tokens)
             found.append(Candidate(threshold, layers, *map(float, numbers)))
     return found
 
@@ -120,11 +206,11 @@ def front(found: Sequence[Candidate]) -> list[Candidate]:
 def pick(ordered: Sequence[Candidate], target: Target) -> int:
     """Index of the front's best point for the target, or of the nearest miss.
 
-    For a speed-up that is the most faithful point that reaches it; for a disagreement, the fastest
+    For a speed that is the most faithful point that reaches it; for a disagreement, the fastest
     point that keeps to it.
     """
-    good = [i for i, c in enumerate(ordered) if target.met(c.speedup, c.agreement)]
-    if target.kind == "speedup":
+    good = [i for i, c in enumerate(ordered) if target.met(c)]
+    if target.by_speed:
         return good[0] if good else len(ordered) - 1
     return good[-1] if good else 0
 

@@ -1,22 +1,26 @@
-"""Verification: what predicted settings really do, on prompts the search has not seen."""
+"""Verification: what predicted settings really do, on prompts the search has not seen.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+A setting that stands is measured on every prompt, several times. One that misses its target is
+dropped as soon as that is certain: when the 95 % interval of what was measured so far excludes the
+target. Stopping early is only ever a rejection; no figure that is reported comes from it alone.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from adaptive_gen.bench import mean_depth
-from adaptive_gen.errors import Unreachable
 from adaptive_gen.paired import Runs, agreement, interval, measure, wall_speedup
-from adaptive_gen.ui import note
 
-from .search import Candidate, Target, pick, spread
+from .quality import LOSSES, mean_interval
+from .search import Candidate
+from .target import Target
 
-POINTS = 7  # operating points along the front, besides the ones tried for the target
-FEW = 12  # prompts to measure those with, once
-TRIES = 6  # settings measured well before the target counts as out of reach
+FEW = 12  # prompts for a first look
 
 
 @dataclass(frozen=True)
@@ -29,141 +33,141 @@ class Measured:
     agreement: float
     mean_depth: float
     tokens: int
+    latency_ms: float = 0.0  # per new token, whole calls
+    decode_speedup: float | None = None  # the same with the prompts' passes left out
+    # measure -> (mean, 95 % bootstrap over prompts), of whole texts against full depth's
+    quality: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    exit_histogram: Mapping[int, int] = field(default_factory=dict)  # exit layer -> new tokens
+    # (prompt, text, full depth's text) of every prompt, token ids
+    texts: Sequence[tuple[list[int], list[int], list[int]]] = field(default=(), repr=False)
 
 
-def verify(
-    model: Any,
-    prompts: Sequence[Tensor],
-    found: Sequence[Candidate],
-    *,
-    confidence: str,
-    kv: str,
-    max_new_tokens: int,
-    rounds: int,
-    few: bool = False,
-) -> list[Measured]:
-    """Decode with every setting and at full depth, taking turns, and compare.
+@dataclass(frozen=True)
+class Arena:
+    """Where settings and full depth take turns on the same prompts."""
 
-    Args:
-        model: wrapped, with the calibration whose maps the thresholds refer to.
-        prompts: token ids [1, time] each.
-        found: settings.
-        confidence: the measure that decides.
-        kv: "recompute" or "propagate".
-        max_new_tokens: texts end there, or earlier by themselves.
-        rounds: repetitions.
-        few: only the first `FEW` prompts.
-    """
-    shared = {"adaptive": True, "confidence": confidence, "kv": kv}
-    arms: dict[str, dict[str, Any]] = {"full_depth": {**shared, "threshold": 1.0}}
-    for i, c in enumerate(found):
-        arms[str(i)] = {**shared, "threshold": c.threshold, "exit_layers": list(c.exit_layers)}
-    runs = measure(
-        model,
-        prompts[:FEW] if few else prompts,
-        arms,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        description=f"measuring {len(found)} setting{'s' * (len(found) > 1)}",
-    )
-    return [_judge(model, c, runs[str(i)], runs["full_depth"]) for i, c in enumerate(found)]
+    model: Any
+    prompts: Sequence[Tensor]  # token ids [1, time] each
+    confidence: str
+    kv: str
+    max_new_tokens: int
+    rounds: int  # of a measurement that stands
 
+    def look(self, found: Sequence[Candidate]) -> list[Measured]:
+        """Measure many settings cheaply: once, on the first few prompts."""
+        runs = self._measure(found, self.prompts[:FEW], f"measuring {len(found)} settings")
+        full = runs["full_depth"]
+        return [self._judge(c, runs[str(i)], full) for i, c in enumerate(found)]
 
-def _judge(model: Any, candidate: Candidate, runs: Runs, full: Runs) -> Measured:
-    return Measured(
-        candidate=candidate,
-        speedup=wall_speedup(runs, full),
-        interval=interval(runs, full),
-        agreement=agreement(model, runs),
-        mean_depth=mean_depth(runs),
-        tokens=int(runs.new_tokens.sum()),
-    )
+    def judge(self, candidate: Candidate, target: Target | None = None) -> Measured:
+        """Measure one setting on all prompts, or until it has certainly missed the target."""
+        label = f"measuring {candidate}"
+        first = self.prompts[:FEW]
+        runs = self._measure([candidate], first, label)
+        measured = self._judge(candidate, runs["0"], runs["full_depth"])
+        if missed(target, measured, final=False):
+            return measured
+        if len(self.prompts) > FEW:
+            rest = self._measure([candidate], self.prompts[FEW:], label)
+            runs = {name: _beside(runs[name], rest[name]) for name in runs}
+        for _ in range(self.rounds - 1):
+            measured = self._judge(candidate, runs["0"], runs["full_depth"])
+            if missed(target, measured, final=True):
+                return measured
+            more = self._measure([candidate], self.prompts, label)
+            runs = {name: _again(runs[name], more[name]) for name in runs}
+        return self._judge(candidate, runs["0"], runs["full_depth"])
 
-
-def choose(
-    front: Sequence[Candidate],
-    target: Target,
-    try_out: Callable[..., list[Measured]],
-    rounds: int,
-) -> tuple[Measured, list[Measured]]:
-    """Measure points along the front cheaply, then the one for the target well.
-
-    Args:
-        front: predicted settings, slowest first.
-        target: what to meet.
-        try_out: `verify` with everything bound but the settings, `rounds` and `few`.
-        rounds: repetitions of the good measurement.
-
-    Returns:
-        The point that met the target, and all points measured, each once.
-
-    Raises:
-        Unreachable: no point met it.
-    """
-    kept = [front[i] for i in spread(front, POINTS, pick(front, target))]
-    cheap = try_out(kept, rounds=1, few=True)
-    # What the model of cost and the traces leave out, they leave out everywhere.
-    ratio = float(np.median([m.speedup / m.candidate.speedup for m in cheap]))
-    gap = float(np.median([m.agreement - m.candidate.agreement for m in cheap]))
-    likely = [replace(c, speedup=c.speedup * ratio, agreement=c.agreement + gap) for c in front]
-
-    def well(candidate: Candidate) -> Measured:
-        exits = ", ".join(map(str, candidate.exit_layers[:-1]))
-        note(f"measuring threshold {candidate.threshold:g} at exit {exits} for {target}")
-        return try_out([candidate], rounds=rounds)[0]
-
-    chosen, tried = seek(front, target, pick(likely, target), well)
-    if chosen is None:
-        raise Unreachable(_unreachable(target, [*cheap, *tried]))
-    settled = [m.candidate for m in tried]
-    return chosen, [*tried, *(m for m in cheap if m.candidate not in settled)]
-
-
-def _unreachable(target: Target, measured: Sequence[Measured]) -> str:
-    by_speed = target.kind == "speedup"
-    best = max(measured, key=lambda m: m.speedup if by_speed else m.agreement)
-    superlative = "fastest" if by_speed else "most faithful"
-    return (
-        f"{target} cannot be reached with this model on this device; the {superlative} setting "
-        f"measured gives {best.speedup:.2f}x at {best.agreement:.1%} agreement. Ask for that or "
-        "less, or train the exits further."
-    )
-
-
-def seek(
-    ordered: Sequence[Candidate],
-    target: Target,
-    start: int,
-    try_out: Callable[[Candidate], Measured],
-) -> tuple[Measured | None, list[Measured]]:
-    """Measure along the front from `start` until a point meets the target.
-
-    Each miss tells how far prediction and measurement are apart; the next point is the first one
-    that should reach the target if they stay so.
-
-    Args:
-        ordered: the front, slowest first.
-        target: what to meet.
-        start: index of the first point to measure.
-        try_out: measures one point.
-
-    Returns:
-        The point that met the target or None, and every point measured.
-    """
-    tried: list[Measured] = []
-    faster = target.kind == "speedup"
-    index = start
-    while 0 <= index < len(ordered) and len(tried) < TRIES:
-        measured = try_out(ordered[index])
-        tried.append(measured)
-        if target.met(measured.speedup, measured.agreement):
-            return measured, tried
-        ratio = measured.speedup / measured.candidate.speedup
-        gap = measured.agreement - measured.candidate.agreement
-        rest = range(index + 1, len(ordered)) if faster else range(index - 1, -1, -1)
-        hopeful = (
-            i for i in rest if target.met(ordered[i].speedup * ratio, ordered[i].agreement + gap)
+    def _measure(
+        self, found: Sequence[Candidate], prompts: Sequence[Tensor], label: str
+    ) -> dict[str, Runs]:
+        shared = {"adaptive": True, "confidence": self.confidence, "kv": self.kv}
+        arms: dict[str, dict[str, Any]] = {"full_depth": {**shared, "threshold": 1.0}}
+        for i, c in enumerate(found):
+            arms[str(i)] = {**shared, "threshold": c.dial, "exit_layers": list(c.exit_layers)}
+        return measure(
+            self.model,
+            prompts,
+            arms,
+            max_new_tokens=self.max_new_tokens,
+            rounds=1,
+            description=label,
         )
-        # None looks good enough: the end of the front is the last that could be.
-        index = next(hopeful, (rest[-1] if rest else -1))
-    return None, tried
+
+    def _judge(self, candidate: Candidate, runs: Runs, full: Runs) -> Measured:
+        ours, theirs = runs.decode_tokens_per_s, full.decode_tokens_per_s
+        texts = _texts(runs, full)
+        quality = {
+            name: mean_interval(np.array([loss(a, b) for _, a, b in texts]))
+            for name, loss in LOSSES.items()
+        }
+        return Measured(
+            candidate=candidate,
+            speedup=wall_speedup(runs, full),
+            interval=interval(runs, full),
+            agreement=agreement(self.model, runs),
+            mean_depth=mean_depth(runs),
+            tokens=int(runs.new_tokens.sum()),
+            latency_ms=1000 / runs.tokens_per_s,
+            decode_speedup=ours / theirs if theirs else None,
+            quality=quality,
+            exit_histogram=Counter(runs.exit_layers),
+            texts=texts,
+        )
+
+
+def missed(target: Target | None, measured: Measured, final: bool) -> bool:
+    """Whether more rounds cannot bring the target back.
+
+    Args:
+        target: None is never missed.
+        measured: so far.
+        final: every prompt has been decoded once; decoding being greedy, the texts and with them
+            the agreement will not change.
+    """
+    if target is None or target.kind == "risk":
+        return False
+    if target.by_speed:
+        best = measured.interval[1]
+        hopeful = replace(
+            measured,
+            speedup=best,
+            latency_ms=measured.latency_ms * measured.speedup / best,
+        )
+        return not target.met(hopeful)
+    if final:
+        return not target.met(measured)
+    # Mismatching positions hold every token that full depth would not have chosen; a target that
+    # even three standard errors of a share spare is not given up on a few prompts.
+    share = 1 - measured.agreement
+    slack = 3 * (share * (1 - share) / max(measured.tokens, 1)) ** 0.5
+    return not target.met(replace(measured, agreement=measured.agreement + slack))
+
+
+def _texts(runs: Runs, full: Runs) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, text, full depth's text) of every prompt, token ids."""
+    triples = zip(runs.sequences, full.sequences, full.prompt_lengths, strict=True)
+    return [
+        (ours[0, :n].tolist(), ours[0, n:].tolist(), theirs[0, n:].tolist())
+        for ours, theirs, n in triples
+    ]
+
+
+def _beside(first: Runs, second: Runs) -> Runs:
+    """The same arm on further prompts."""
+    return Runs(
+        [*first.prompt_lengths, *second.prompt_lengths],
+        [*first.sequences, *second.sequences],
+        [*first.exit_layers, *second.exit_layers],
+        np.concatenate([first.call_s, second.call_s]),
+        np.concatenate([first.prefill_s, second.prefill_s]),
+    )
+
+
+def _again(first: Runs, second: Runs) -> Runs:
+    """The same arm on the same prompts in further rounds."""
+    return replace(
+        first,
+        call_s=np.concatenate([first.call_s, second.call_s], axis=1),
+        prefill_s=np.concatenate([first.prefill_s, second.prefill_s], axis=1),
+    )

@@ -11,14 +11,14 @@ import adaptive_gen
 from adaptive_gen import calibration as artefact
 from adaptive_gen.calibrate import cli, collect, prompts
 from adaptive_gen.calibrate.run import Options, run
-from adaptive_gen.calibrate.search import Target
+from adaptive_gen.calibrate.target import Target
 from adaptive_gen.confidence import MEASURES
 from adaptive_gen.errors import DataError, ModelError, Unreachable
 from adaptive_gen.prompts import read
 from adaptive_gen.settings import state
 
 TEXTS = [f"prompt number {i}" for i in range(8)]
-QUICK = Options(max_new_tokens=4, rounds=1)
+QUICK = Options(max_new_tokens=4, rounds=1, least_gain=0.0)
 UNREACHABLE = ["--max-new-tokens", "4", "--target-speedup", "1e6"]
 LOOSE = Target("disagreement", 1.0)
 
@@ -45,8 +45,11 @@ def prompt_file(tmp_path):
 
 
 @pytest.fixture
-def calibrate(monkeypatch, capsys):
-    """Run the command line; return exit code, stdout and stderr."""
+def calibrate(monkeypatch, capsys, tmp_path_factory):
+    """Run the command line with a cache of its own; return exit code, stdout and stderr."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    # A tiny model gains nothing; these tests are not about that.
+    monkeypatch.setattr("adaptive_gen.calibrate.worth.LEAST_GAIN", 0.0)
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, args)])
@@ -99,11 +102,11 @@ def test_a_calibration_survives_the_file_and_decides_generation(
     assert by_default.exit_layers.tolist() == by_hand.exit_layers.tolist()
 
 
-def test_the_seed_and_the_hash_decide_the_halves_not_the_order():
-    one, other = prompts.halves(TEXTS, seed=0), prompts.halves(TEXTS[::-1], seed=0)
-    assert one == other
-    assert sorted([*one[0], *one[1]]) == sorted(TEXTS)
-    assert prompts.halves(TEXTS, seed=1) != one
+def test_the_seed_and_the_hash_decide_the_order_not_the_file():
+    one = prompts.ordered(TEXTS, seed=0)
+    assert prompts.ordered(TEXTS[::-1], seed=0) == one
+    assert sorted(one) == sorted(TEXTS)
+    assert prompts.ordered(TEXTS, seed=1) != one
 
 
 def test_an_unreachable_speed_leaves_the_model_as_it_was(model, byte_tokenizer):
@@ -164,6 +167,9 @@ def test_run_then_show_on_the_command_line(calibrate, model_dir, prompt_file, tm
     assert code == 0, err
     assert "wall_speedup" in text and "*" in text
     assert (model_dir / "calibration.json").read_text() == "{}", "only --out is written to"
+    code, text, err = calibrate("report", out)
+    assert code == 0, err
+    assert (out / "calibration.html").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -176,9 +182,34 @@ def test_run_then_show_on_the_command_line(calibrate, model_dir, prompt_file, tm
         (["run", "{model}", "--max-disagreement", "1.5"], "--max-disagreement 1.5 is out of", 2),
         (
             ["run", "{model}", "--max-disagreement", "0.1", "--target-speedup", "2"],
-            "give one of them",
+            "--target-speedup and --max-disagreement are 2 targets; give one of them",
             2,
         ),
+        (["run", "{model}", "--latency-ms", "0"], "--latency-ms 0 is out of range", 2),
+        (["run", "{model}", "--max-risk", "1"], "--max-risk 1 is out of range", 2),
+        (["run", "{model}", "--max-risk", "0.1", "--loss", "hope"], "--loss 'hope' is unknown", 2),
+        (
+            ["run", "{model}", "--max-risk", "0.1", "--confidence-level", "1"],
+            "--confidence-level 1 is out of range",
+            2,
+        ),
+        (
+            [
+                "run",
+                "{model}",
+                "--prompts",
+                "{prompts}",
+                "--max-risk",
+                "0.1",
+                "--max-new-tokens",
+                4,
+            ],
+            "5 prompts are too few to promise a risk of 0.1 .* it takes 32",
+            2,
+        ),
+        (["run", "{model}", "--thresholds", "many"], "--thresholds 'many' is unknown", 2),
+        (["profile", "{model}", "--work", "{dir}/missing"], "run `calibrate collect` first", 2),
+        (["report", "{model}"], "cannot read", 2),
         (["run", "{model}", "--confidence", "hope"], "--confidence 'hope' is unknown", 2),
         (["run", "{model}", "--kv", "none"], "--kv 'none' is unknown", 2),
         (["run", "{model}", "--max-new-tokens", "1"], "--max-new-tokens 1 is too few", 2),
@@ -204,7 +235,7 @@ def test_a_wrong_input_is_one_line_and_writes_nothing(
     (tmp_path / "three").write_text("a\na\nb\nc")
     before = sorted(tmp_path.rglob("*"))
     places = {"dir": tmp_path, "model": model_dir, "prompts": prompt_file}
-    found, out, err = calibrate(*(arg.format(**places) for arg in args))
+    found, out, err = calibrate(*(str(arg).format(**places) for arg in args))
     assert found == code
     assert out == ""
     *_, last = err.splitlines()

@@ -1,4 +1,4 @@
-"""The replay of the queues, held against the scheduler that generation runs."""
+"""The simulation of the queues, held against the scheduler that generation runs."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ import torch
 from driving import Sure, decode
 
 from adaptive_gen.calibrate.profile import Scripted, scripts, work
-from adaptive_gen.calibrate.schedule import replay
+from adaptive_gen.calibrate.schedule import simulate
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.scheduler import Rules, Scheduler
 
@@ -65,13 +65,13 @@ def run_scheduler(policy, tokens, kv, cap):
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("cap", [1, 2, 5, 100])
 @pytest.mark.parametrize("shallow", [0.5, 0.95])
-def test_replay_does_the_scheduler_s_work(kv, cap, shallow):
+def test_the_simulation_does_the_scheduler_s_work(kv, cap, shallow):
     draw = np.random.default_rng(cap)
     depths = np.where(draw.random(60) < shallow, draw.choice(EXITS[:-1], 60), EXITS[-1]).tolist()
     script = Scripted(depths, asks=frozenset({2, 5}))
     ran, counts = run_scheduler(script, 60, kv, cap)
     below = np.array(EXITS[:-1])
-    outcome = replay(
+    outcome = simulate(
         EXITS,
         lengths=np.array([60]),
         agrees=np.zeros((1, 60, 3), dtype=bool),
@@ -94,9 +94,9 @@ def test_texts_of_different_lengths_do_not_touch_each_other(kv):
     agrees = draw.random((4, 30, 3)) < 0.6
     leaves = draw.random((4, 30, 3, 5)) < 0.4
     checked = np.ones((3, 5), dtype=bool)
-    together = replay(EXITS, lengths, agrees, leaves, checked, kv, 4)
+    together = simulate(EXITS, lengths, agrees, leaves, checked, kv, 4)
     alone = [
-        replay(EXITS, lengths[i : i + 1], agrees[i : i + 1], leaves[i : i + 1], checked, kv, 4)
+        simulate(EXITS, lengths[i : i + 1], agrees[i : i + 1], leaves[i : i + 1], checked, kv, 4)
         for i in range(4)
     ]
     assert np.array_equal(together.work.table, sum(one.work.table for one in alone))

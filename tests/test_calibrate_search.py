@@ -1,4 +1,4 @@
-"""From traces to the operating point that is tried: cost model, candidates, front, pick, seek."""
+"""From traces to the setting that is tried: cost model, candidates, front, pick."""
 
 from dataclasses import replace
 
@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from driving import Sure, decode
 
-from adaptive_gen.calibrate import maps, search
+from adaptive_gen.calibrate import maps, search, worth
 from adaptive_gen.calibrate.cost import TERMS, Cost, fit
+from adaptive_gen.calibrate.histogram import tables
 from adaptive_gen.calibrate.schedule import Work
-from adaptive_gen.calibrate.search import Candidate, Target
+from adaptive_gen.calibrate.search import Candidate, Traced
+from adaptive_gen.calibrate.target import Target
 from adaptive_gen.calibrate.trace import Trace, padded
-from adaptive_gen.calibrate.verify import Measured, choose, seek
 from adaptive_gen.calibration import ConfidenceMap
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.scheduler import Rules, Scheduler
-from adaptive_gen.errors import Unreachable
+from adaptive_gen.errors import OptionError, Unreachable
 
 IDENTITY = ConfidenceMap((0.0, 1.0), (0.0, 1.0))
 
@@ -37,14 +38,8 @@ def trace_of(confidence, agrees, exit_layers):
 def test_a_hand_made_trace_gives_the_figures_worked_out_on_paper():
     # One text, five tokens, one exit at layer 2 of 8. Token 0 is the prompt's and full depth.
     trace = trace_of([[[1.0], [0.95], [0.95], [0.5], [0.95]]], [[[1], [1], [0], [1], [1]]], (2, 8))
-    found = search.candidates(
-        trace,
-        {2: IDENTITY},
-        "margin",
-        cost(layers=1.0, readouts=2.0),
-        kv="recompute",
-        queue_cap=16,
-    )
+    price = cost(layers=1.0, readouts=2.0)
+    found = search.candidates(Traced.of(trace, {2: IDENTITY}, "margin", price, "recompute", 16))
     [at_09] = [c for c in found if abs(c.threshold - 0.9) < 0.02 and c.threshold <= 0.95][-1:]
     # Tokens 1, 2, 4 leave: depths 8 2 2 8 2; only token 2 disagrees.
     assert at_09.mean_depth == pytest.approx(22 / 5)
@@ -65,10 +60,10 @@ def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
     )
     curves = {e: maps.fit(*trace.at("margin", k)) for k, e in enumerate(EXITS[:-1])}
     price = cost(texts=3.0, tokens=0.5, layers=1.0, rows=0.1, readouts=0.7)
-    found = search.candidates(trace, curves, "margin", price, kv="recompute", queue_cap=3)
+    found = search.candidates(Traced.of(trace, curves, "margin", price, "recompute", 3))
     assert len(found) == len(search.THRESHOLDS) * 7
 
-    class Traced:
+    class Follows:
         """Leaves where the trace's mapped confidence reaches the threshold."""
 
         def __init__(self, text, threshold, checked):
@@ -90,7 +85,7 @@ def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
             segments = [
                 CountedSegment(decoder, a, b) for a, b in zip((0, *ends), ends, strict=False)
             ]
-            policy = Traced(text, threshold, checked)
+            policy = Follows(text, threshold, checked)
             scheduler = Scheduler(
                 decoder, segments, KVCache(EXITS[-1]), policy, Sure(), Rules(queue_cap=3)
             )
@@ -118,15 +113,102 @@ def token():
     return torch.zeros(1, 1, dtype=torch.long)
 
 
+@pytest.mark.parametrize("exits", [1, 2, 3])
+def test_the_histogram_is_every_tuple_followed_token_by_token(exits):
+    draw = np.random.default_rng(exits)
+    layers = (*(2, 3, 5, 9)[:exits], 12)
+    chance = np.round(draw.random((400, exits)), 2)  # so that some lie on a threshold
+    agrees = draw.random((400, exits)) < chance
+    grid = np.array([0.2, 0.5, 0.8, 0.9, search.NEVER])
+    found = tables(layers, chance, agrees, grid)
+    for index in np.ndindex(found.layers.shape):
+        thresholds = grid[list(index)]
+        depth = readouts = agreed = skipped = 0
+        for token in range(400):
+            for k in range(exits):
+                readouts += thresholds[k] <= 1
+                if chance[token, k] >= thresholds[k]:
+                    depth, agreed = depth + layers[k], agreed + agrees[token, k]
+                    skipped += layers[-1] - layers[k]
+                    break
+            else:
+                depth, readouts, agreed = depth + layers[-1], readouts + 1, agreed + 1
+        assert found.layers[index] == pytest.approx(depth, rel=1e-9)
+        assert found.readouts[index] == pytest.approx(readouts, rel=1e-9)
+        assert found.agreed[index] == pytest.approx(agreed, rel=1e-9)
+        assert found.skipped[index] == pytest.approx(skipped, rel=1e-9)
+
+
+def random_trace(texts=40, time=30, exits=(2, 4, 8)):
+    draw = np.random.default_rng(3)
+    confidence = draw.random((texts, time, len(exits) - 1)) ** 0.5
+    # The shallow exit agrees less than it is sure, the deep one more.
+    agrees = draw.random(confidence.shape) < confidence * np.array([0.8, 1.0])
+    return trace_of(list(confidence), list(agrees), exits)
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_without_queues_the_histogram_prices_as_the_simulation_does(kv):
+    trace = random_trace()
+    price = cost(texts=3.0, tokens=0.5, layers=1.0, readouts=0.7)
+    traced = Traced.of(trace, {2: IDENTITY, 4: IDENTITY}, "margin", price, kv, 10_000)
+    grid = np.array([0.3, 0.6, 0.9, search.NEVER])
+    speed, agreed = search._histogram(traced, grid)
+    pairs = np.stack(np.meshgrid(grid, grid, indexing="ij")).reshape(2, -1)
+    outcome = traced.simulate(pairs)
+    assert 1 / speed == pytest.approx(price.time(outcome.work), rel=1e-9)
+    assert agreed + len(trace.lengths) == pytest.approx(outcome.agreement * trace.tokens, rel=1e-9)
+
+
+def test_thresholds_of_their_own_find_what_one_for_all_cannot():
+    trace = random_trace()
+    price = cost(layers=1.0, readouts=0.1)
+    traced = Traced.of(trace, {2: IDENTITY, 4: IDENTITY}, "margin", price, "recompute", 16)
+    one, own = search.front(search.candidates(traced)), search.front(search.per_exit(traced))
+    target = Target("disagreement", 0.15)
+    best = [found[search.pick(found, target)] for found in (one, own)]
+    assert best[1].speedup > best[0].speedup * 1.01
+    assert best[1].agreement >= 0.85
+    assert isinstance(best[1].dial, dict) and set(best[1].dial) < {2, 4, 8}
+    assert best[0].dial == best[0].threshold
+
+
+def test_too_many_exits_for_thresholds_of_their_own_are_refused():
+    trace = random_trace(2, 3, exits=(1, 2, 3))
+    wide = replace(
+        trace,
+        exit_layers=tuple(range(1, 8)),
+        confidence={"margin": np.zeros((2, 3, 6))},
+        agrees=np.zeros((2, 3, 6), dtype=bool),
+    )
+    curves = dict.fromkeys(range(1, 7), IDENTITY)
+    traced = Traced.of(wide, curves, "margin", cost(layers=1.0), "recompute", 16)
+    with pytest.raises(OptionError, match="up to 5 exits; there are 6"):
+        search.per_exit(traced)
+
+
+def test_where_looking_costs_more_than_layers_the_answer_is_no():
+    trace = random_trace()
+    for readouts, says in ((0.1, None), (20.0, "do not use adaptive depth .* 20.0 layers")):
+        price = cost(layers=1.0, readouts=readouts)
+        traced = Traced.of(trace, {2: IDENTITY, 4: IDENTITY}, "margin", price, "recompute", 16)
+        front = search.front(search.candidates(traced))
+        target = Target("disagreement", 0.05)
+        if says is None:
+            worth.check(front, target, price, trace)
+            continue
+        with pytest.raises(Unreachable, match=says):
+            worth.check(front, target, price, trace)
+
+
 def test_an_exit_that_never_fires_is_left_out_where_a_check_costs():
     draw = np.random.default_rng(0)
     # Exit 2 is never sure, exit 4 always.
     confidence = np.stack([draw.random((50, 40)) * 0.3, 0.95 + draw.random((50, 40)) * 0.05], -1)
     trace = trace_of(list(confidence), list(np.ones_like(confidence)), (2, 4, 8))
     curves = {2: IDENTITY, 4: IDENTITY}
-    found = search.candidates(
-        trace, curves, "margin", cost(layers=1.0, readouts=1.0), kv="recompute", queue_cap=16
-    )
+    price = cost(layers=1.0, readouts=1.0)
+    found = search.candidates(Traced.of(trace, curves, "margin", price, "recompute", 16))
     assert {c.exit_layers for c in search.front(found)} == {(4, 8)}
 
 
@@ -173,74 +255,3 @@ def test_the_front_keeps_only_what_nothing_beats():
 )
 def test_pick_takes_the_best_point_that_meets_the_target(kind, value, index):
     assert search.pick(FRONT, Target(kind, value)) == index
-
-
-def measuring(slower=1.0, worse=0.0):
-    """A machine on which everything is `slower` times as fast as predicted, and less agreeing."""
-
-    def try_out(candidate):
-        speedup, agreement = candidate.speedup * slower, candidate.agreement - worse
-        return Measured(candidate, speedup, (speedup, speedup), agreement, 6.0, 100)
-
-    return try_out
-
-
-def long_front():
-    speeds = np.linspace(1.0, 2.0, 41)
-    return [Candidate(2 - s / 2, (4, 8), 6.0, 1.2 - s / 5, float(s)) for s in speeds.tolist()]
-
-
-def test_a_missed_speed_is_sought_further_along_the_front():
-    front, target = long_front(), Target("speedup", 1.5)
-    start = search.pick(front, target)
-    chosen, tried = seek(front, target, start, measuring(slower=0.9))
-    assert len(tried) == 2
-    assert tried[0].candidate is front[start]
-    # 1.5 / 0.9 = 1.667: the first point that reaches it, no faster one.
-    assert chosen.candidate.speedup == pytest.approx(1.675)
-
-
-def test_a_missed_agreement_is_sought_the_other_way():
-    front, target = long_front(), Target("disagreement", 0.05)
-    chosen, tried = seek(front, target, search.pick(front, target), measuring(worse=0.02))
-    assert len(tried) == 2
-    assert chosen.agreement >= 0.95
-    assert chosen.candidate.agreement == pytest.approx(0.97, abs=0.006)
-
-
-def test_a_target_out_of_reach_names_the_best_measured_point():
-    def try_out(candidates, rounds, few=False):
-        return [measuring(slower=0.6)(c) for c in candidates]
-
-    with pytest.raises(Unreachable, match=r"--target-speedup 1\.5 .* 1\.20x at 80\.0% agreement"):
-        choose(long_front(), Target("speedup", 1.5), try_out, rounds=1)
-
-
-def test_cheap_measurements_correct_the_first_try_and_are_kept():
-    calls = []
-
-    def try_out(candidates, rounds, few=False):
-        calls.append((candidates, rounds, few))
-        return [measuring(slower=0.9)(c) for c in candidates]
-
-    chosen, points = choose(long_front(), Target("speedup", 1.5), try_out, rounds=3)
-    assert chosen.candidate.speedup == pytest.approx(1.675)
-    assert calls[0][1:] == (1, True)
-    assert calls[1:] == [([chosen.candidate], 3, False)], "the corrected pick is right at once"
-    assert points[0] is chosen
-    assert len({p.candidate for p in points}) == len(points)
-    assert {p.candidate for p in points} == {chosen.candidate, *calls[0][0]}
-
-
-def test_a_slower_prediction_is_never_tried_for_more_speed():
-    front, target = long_front(), Target("speedup", 1.2)
-    # A machine that gets slower with every try.
-    chosen, tried = seek(
-        front,
-        target,
-        0,
-        lambda c: replace(measuring()(c), speedup=0.5),
-    )
-    assert chosen is None
-    order = [m.candidate.speedup for m in tried]
-    assert order == sorted(set(order))

@@ -16,6 +16,7 @@ from adaptive_gen.calibration import (
     load,
     save,
 )
+from adaptive_gen.certificate import Certificate
 from adaptive_gen.errors import CalibrationError, OutputError, Unreachable
 from adaptive_gen.settings import state
 
@@ -145,4 +146,72 @@ def test_a_calibration_of_other_weights_is_used_and_said(tiny_llama, caplog):
     assert out.shape == (1, 6)
     caplog.clear()
     adaptive_gen.wrap(tiny_llama(seed=1), calibration=make(fingerprint=made_on))
+    assert not caplog.text
+
+
+def certified(**changes):
+    promise = Certificate("prefix", 0.1, 0.95, 0.05, 0.01, 200, "betting", 64, ({"risk": 0.05},))
+    points = make().points
+    return make(points=(dataclasses.replace(points[0], certificate=promise), points[1]), **changes)
+
+
+def test_certificates_thresholds_per_exit_and_qualities_survive_the_file(tmp_path):
+    slow, fast = certified().points
+    own = dataclasses.replace(fast, threshold={2: 0.9, 4: 0.6}, quality={"exact": (0.1, 0.0, 0.2)})
+    found = make(points=(slow, own))
+    save(found, tmp_path)
+    assert load(tmp_path) == found
+    assert found.certified and not found.without_certificates().certified
+
+
+def test_a_file_of_version_1_is_still_read(tmp_path):
+    path = save(make(), tmp_path)
+    document = json.loads(path.read_text())
+    document["version"] = 1
+    for point in document["points"]:
+        for field in ("latency_ms", "decode_speedup", "quality", "certificate"):
+            del point[field]
+    path.write_text(json.dumps(document))
+    assert load(tmp_path) == make()
+
+
+def test_thresholds_of_their_own_decide_generation(tiny_llama):
+    own = dataclasses.replace(make().points[0], threshold={2: 0.95, 4: 0.3})
+    model = adaptive_gen.wrap(tiny_llama(), calibration=make(points=(own,)))
+    ids = {"input_ids": PROMPT, "max_new_tokens": 20, "return_dict_in_generate": True}
+    chosen = model.generate(**ids, adaptive=True)
+    same = model.generate(**ids, adaptive=True, threshold={2: 0.95, 4: 0.3})
+    assert chosen.exit_layers.tolist() == same.exit_layers.tolist()
+    assert 4 in chosen.report.exit_histogram
+
+
+@pytest.mark.parametrize("difference", ["model", "tokenizer", "dtype", "sampling", "kv"])
+def test_whatever_differs_withdraws_the_certificate_and_is_said_once(
+    tiny_llama, byte_tokenizer, tmp_path, caplog, difference
+):
+    model = tiny_llama(eos_token_id=None)
+    made_on = fingerprint(model, "fused", byte_tokenizer)
+    if difference in ("model", "tokenizer", "dtype"):
+        made_on[difference] = "another"
+    model.generation_config.do_sample = difference == "sampling"
+    model.save_pretrained(tmp_path)
+    if difference == "kv":
+        config = json.loads((tmp_path / "generation_config.json").read_text())
+        config.update(kv="propagate", _from_model_config=False)
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    byte_tokenizer.save_pretrained(tmp_path)
+    save(certified(fingerprint=made_on), tmp_path)
+    loaded, _ = adaptive_gen.load(tmp_path)
+    assert caplog.text.count("certificate is withdrawn") == 1
+    assert not state(loaded).calibration.certified
+    assert loaded.generate(PROMPT, adaptive=True, max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+def test_where_nothing_differs_the_certificate_stands(tiny_llama, byte_tokenizer, tmp_path, caplog):
+    model = tiny_llama()
+    save(certified(fingerprint=fingerprint(model, "fused", byte_tokenizer)), tmp_path)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    loaded, _ = adaptive_gen.load(tmp_path)
+    assert state(loaded).calibration.certified
     assert not caplog.text

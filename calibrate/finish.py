@@ -1,0 +1,117 @@
+"""The last stage: measure what was found on prompts it was not found on, and write it all down."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from adaptive_gen.bench import environment
+from adaptive_gen.calibration import Calibration, OperatingPoint
+from adaptive_gen.settings import state
+
+from . import certify as certification
+from . import evidence, search, seek
+from .cost import Cost
+from .found import Found
+from .stages import Options, prompt_ids
+from .store import Store
+from .trace import Trace
+from .verify import Arena, Measured
+
+
+def draft(
+    model: Any, trace: Trace, found: Found, cost: Cost, options: Options, job: Any
+) -> Calibration:
+    """The calibration without its points: what gives thresholds their meaning."""
+    recipe = {
+        **environment(model),
+        "target": {found.target.kind: found.target.value},
+        **dataclasses.asdict(options),
+        **{name: job[name] for name in ("prompts", "prompts_sha256")},
+        "tokens_traced": trace.tokens,
+        "searched": found.searched,
+        "cost": dataclasses.asdict(cost),
+        "quality": list(found.quality),
+    }
+    return Calibration(
+        n_layers=trace.n_layers,
+        confidence=found.measure,
+        kv=options.kv,
+        maps=found.curves,
+        points=(),
+        default=0,
+        fingerprint={**job["fingerprint"], "kv": options.kv, "decoding": "greedy"},
+        recipe=recipe,
+    )
+
+
+def verify_stage(
+    model: Any,
+    tokenizer: Any,
+    trace: Trace,
+    found: Found,
+    steps: Sequence[certification.Step],
+    options: Options,
+    store: Store,
+) -> Calibration:
+    """Measured operating points, the default one meeting the target; the model uses them.
+
+    Args:
+        model: wrapped, with the `draft` as its calibration.
+        tokenizer: decodes texts for the report.
+        trace: of all prompts.
+        found: by the search.
+        steps: of the certification; empty where nothing was to be certified.
+        options: how.
+        store: gets the evidence for the report.
+
+    Raises:
+        Unreachable: no setting meets the target.
+    """
+    base = state(model).calibration
+    assert base is not None
+    _, unseen = trace.split(found.searched)
+    prompts = prompt_ids(unseen, model)
+    arena = Arena(model, prompts, found.measure, options.kv, options.max_new_tokens, options.rounds)
+    promise, certificate = found.promise, None
+    if promise is None:
+        chosen, measured = seek.choose(found.front, found.target, arena)
+    else:
+        step = certification.best(steps, promise, len(prompts))
+        index = search.spread(found.front, seek.POINTS, 0)
+        cheap = arena.look([found.front[i] for i in index])
+        chosen = arena.judge(step.candidate)
+        measured = seek.together([chosen], cheap)
+        certificate = certification.certificate(
+            steps,
+            step,
+            promise,
+            len(prompts),
+            options.max_new_tokens,
+            decoded_risk=chosen.quality[promise.loss][0],
+        )
+    measured.sort(key=lambda m: m.speedup)
+    points = [_point(m, trace.n_layers) for m in measured]
+    default = measured.index(chosen)
+    points[default] = dataclasses.replace(points[default], certificate=certificate)
+    result = dataclasses.replace(base, points=tuple(points), default=default)
+    state(model).calibration = result
+    store.write("evidence", evidence.gather(tokenizer, unseen, found, chosen, arena))
+    return result
+
+
+def _point(measured: Measured, n_layers: int) -> OperatingPoint:
+    c = measured.candidate
+    return OperatingPoint(
+        threshold=c.dial,
+        exit_layers=c.exit_layers,
+        mean_depth=measured.mean_depth,
+        layer_speedup=n_layers / measured.mean_depth,
+        agreement=measured.agreement,
+        predicted_speedup=c.speedup,
+        wall_speedup=measured.speedup,
+        wall_speedup_interval=measured.interval,
+        tokens=measured.tokens,
+        latency_ms=measured.latency_ms,
+        decode_speedup=measured.decode_speedup,
+        quality=measured.quality,
+    )
