@@ -71,7 +71,7 @@ class Confidences:
         if measure == GATE and gate is None:
             raise OptionError(
                 "confidence='gate' needs a trained gate and this model's calibration has none; "
-                "run `calibrate run --gate`, or use another measure."
+                "run `calibrate gate`, or use another measure."
             )
         self.measure, self.maps, self.gate = measure, maps or {}, gate
 

@@ -17,6 +17,7 @@ from .decoder import Decoder
 from .engine.backend import Backend
 from .engine.scheduler import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
+from .gate import Gate
 from .policy import ExitPolicy, FixedExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
@@ -51,7 +52,7 @@ class State:
     exit_layers: tuple[int, ...]  # normalised: full depth last
     calibration: Calibration | None = None
     queue_cap: int = QUEUE_CAP
-    gate: Any = None  # (normed hidden states [rows, hidden], exit layer) -> confidence [rows]
+    gate: Gate | None = None
     told: set[str] = field(default_factory=set)
 
     @property
@@ -270,6 +271,15 @@ def _confidences(name: str | None, layers: tuple[int, ...], state: State) -> Con
         name = calibration.confidence if calibration is not None else measures.DEFAULT
     maps = calibration.maps if calibration is not None else {}
     confidences = Confidences(name, maps, state.gate)
+    if state.gate is not None and confidences.reads_hidden:
+        # Its probes are fitted as chances of agreement: no map comes behind them.
+        missing = [layer for layer in layers[:-1] if layer not in state.gate.exit_layers]
+        if missing:
+            raise OptionError(
+                f"the gate has no probe for exit layer {', '.join(map(str, missing))}; it has "
+                f"{', '.join(map(str, state.gate.exit_layers))}. Give those as exit_layers."
+            )
+        return confidences
     unmapped = [layer for layer in layers[:-1] if layer not in maps.get(name, {})]
     if calibration is not None and unmapped:
         state.tell_once(

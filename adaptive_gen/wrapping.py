@@ -10,10 +10,12 @@ import torch
 
 from . import calibration as artefact
 from . import exits
+from . import gate as gates
 from .decoder import Decoder, probe
 from .engine.backend import Backend
 from .engine.scheduler import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
+from .gate import Gate
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, attach, state
 
@@ -68,7 +70,9 @@ def wrap(
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; a causal LM is needed.")
     decoder = Decoder(model)
+    gate = None
     if isinstance(calibration, str | os.PathLike):
+        gate = _gate_beside(Path(calibration))
         calibration = artefact.load(calibration)
     if calibration is not None:
         _check_fit(calibration, decoder.n_layers)
@@ -82,7 +86,7 @@ def wrap(
     probe(model, decoder)
     backend = Backend(decoder, engine)
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
-    attach(model, State(decoder, backend, normalised, calibration, queue_cap))
+    attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
     if calibration is not None:
         _compare_fingerprint(model)
     if not isinstance(model, AdaptiveMixin):
@@ -93,6 +97,12 @@ def wrap(
     # Saved as derived from the model configuration, a generation config loses our fields on reload.
     model.generation_config._from_model_config = False
     return given
+
+
+def _gate_beside(calibration: Path) -> Gate | None:
+    """The gate in the directory of a calibration, if one was fitted."""
+    directory = calibration if calibration.is_dir() else calibration.parent
+    return Gate.load(directory) if (directory / gates.FILE_NAME).is_file() else None
 
 
 def _under_adapters(model: Any) -> Any:
