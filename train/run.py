@@ -157,7 +157,7 @@ def _trainer(
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=collator(pad),
         exit_layers=layers,
-        distill=config.distill,
+        distil=config.distill,
         weights={layers[-1]: config.full_weight},
         chunk_size=config.chunk_size,
     )

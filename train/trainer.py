@@ -19,7 +19,7 @@ class SoFTTrainer(Trainer):
 
     Args:
         exit_layers: counts of layers, full depth last.
-        distill: share of the divergence from full depth.
+        distil: share of the divergence from full depth.
         weights: exit layer -> weight.
         chunk_size: positions whose logits exist at once.
     """
@@ -31,7 +31,7 @@ class SoFTTrainer(Trainer):
         self,
         *args: Any,
         exit_layers: Sequence[int],
-        distill: float = 0.0,
+        distil: float = 0.0,
         weights: Mapping[int, float] | None = None,
         chunk_size: int = 1024,
         **kwargs: Any,
@@ -41,7 +41,7 @@ class SoFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a step
         self._sorted = {
             "exit_layers": list(exit_layers),
-            "distill": distill,
+            "distil": distil,
             "weights": weights,
             "chunk_size": chunk_size,
         }

@@ -1,0 +1,200 @@
+"""Exits read out and scored a few positions at a time, with one block of logits alive.
+
+A readout's gradient needs its logits only to be made, so each block makes it at once and lets the
+logits go: what is kept until the backward pass is one gradient per hidden state and one per
+parameter of norm and head, however many exits there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .head import Head
+
+
+class Readout(NamedTuple):
+    """Final norm and LM head: hidden states [..., hidden] of any layer -> logits [..., vocab]."""
+
+    norm: nn.Module
+    head: Head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits, with the model's own scale and soft-capping."""
+        return self.head(self.norm(hidden))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What of it learns."""
+        both = (*self.norm.parameters(), *self.head.linear.parameters())
+        return [p for p in both if p.requires_grad]
+
+
+class Goal(NamedTuple):
+    """What every position of every exit is to learn."""
+
+    targets: Tensor  # [positions] token ids
+    shares: Tensor  # [exits] or [exits, positions]: weight in the objective
+    distil: float  # share of the divergence from full depth, in an intermediate exit
+    chunk_size: int  # positions whose logits exist at once
+
+
+def score(
+    readouts: Sequence[Readout], states: Sequence[Tensor], goal: Goal
+) -> tuple[Tensor, Tensor]:
+    """Sum over exits and positions of the objective, and the cross-entropies in it.
+
+    Args:
+        readouts: one per exit, full depth last.
+        states: per exit, [positions, hidden] after its last layer, not normed.
+        goal: targets and weights. An exit that weighs nothing is not read out.
+
+    Returns:
+        The objective, a scalar with a gradient, and per exit the summed cross-entropy [exits],
+        detached, 0 where nothing was read out.
+    """
+    learning = list({id(p): p for readout in readouts for p in readout.parameters()}.values())
+    return _Score.apply(list(readouts), goal, learning, len(states), *states, *learning)
+
+
+class _Score(torch.autograd.Function):
+    """Makes the gradients in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        readouts: list[Readout],
+        goal: Goal,
+        learning: list[nn.Parameter],
+        exits: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        states = tensors[:exits]
+        wanted = ctx.needs_input_grad[4:]
+        sums = _Sums(states, learning, wanted)
+        for start in range(0, len(goal.targets), goal.chunk_size):
+            part = slice(start, min(start + goal.chunk_size, len(goal.targets)))
+            _block(readouts, states, goal, part, sums)
+        ctx.gradients = sums.gradients
+        ctx.mark_non_differentiable(sums.entropies)
+        return sums.objective, sums.entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the sorted loss can be differentiated once; compute it again.")
+        scaled = [
+            None if g is None else g.mul_(upstream.to(g.dtype)).to(dtype) for g, dtype in gradients
+        ]
+        return (None, None, None, None, *scaled)
+
+
+class _Sums:
+    """What the blocks add up: objective, cross-entropies, gradients."""
+
+    def __init__(
+        self, states: Sequence[Tensor], learning: Sequence[Tensor], wanted: Sequence[bool]
+    ):
+        exact = torch.promote_types(states[-1].dtype, torch.float32)
+        self.objective = states[-1].new_zeros((), dtype=exact)
+        self.entropies = states[-1].new_zeros(len(states), dtype=exact)
+        self.learning = learning
+        self.gradients: list[tuple[Tensor | None, torch.dtype]] = []
+        for index, (tensor, needed) in enumerate(zip((*states, *learning), wanted, strict=True)):
+            # Parameters gather many blocks, which half precision would round away one by one.
+            gathers = tensor.dtype if index < len(states) else exact
+            zeros = torch.zeros_like(tensor, dtype=gathers) if needed else None
+            self.gradients.append((zeros, tensor.dtype))
+
+    def add(self, exit_index: int, part: slice, made: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one block of one exit: of its states, then of the parameters."""
+        state, offset = self.gradients[exit_index][0], len(self.gradients) - len(self.learning)
+        if state is not None and made[0] is not None:
+            state[part] = made[0]
+        for (total, _), gradient in zip(self.gradients[offset:], made[1:], strict=True):
+            if total is not None and gradient is not None:
+                total += gradient
+
+
+def _block(
+    readouts: Sequence[Readout], states: Sequence[Tensor], goal: Goal, part: slice, sums: _Sums
+) -> None:
+    """All exits at some positions, full depth first: it teaches the others."""
+    targets, last = goal.targets[part], len(states) - 1
+    learns = any(total is not None for total, _ in sums.gradients)
+    teacher: _Teacher | None = None
+    for index in range(last, -1, -1):
+        share = goal.shares[index, part] if goal.shares.dim() == 2 else goal.shares[index]
+        teaches = index == last and goal.distil > 0
+        if not teaches and not share.any():
+            continue
+        with torch.set_grad_enabled(learns):
+            state = states[index][part].detach().requires_grad_(learns)
+            logits = readouts[index](state)
+        scores = _exact(logits.detach())
+        if teaches:
+            teacher = _Teacher.of(scores)
+        distil = 0.0 if index == last else goal.distil
+        objective, entropy = _slope_(scores, targets, teacher, distil)
+        sums.objective += (objective * share).sum()
+        sums.entropies[index] += entropy.sum()
+        if learns and share.any():
+            scores *= share[:, None] if share.dim() else share
+            made = torch.autograd.grad(
+                logits, [state, *sums.learning], scores.to(logits.dtype), allow_unused=True
+            )
+            sums.add(index, part, made)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Half precision is too coarse for a softmax over a vocabulary; double stays double."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class _Teacher(NamedTuple):
+    """Full depth's distribution over the next token."""
+
+    probabilities: Tensor  # [positions, vocab]
+    negative_entropy: Tensor  # [positions]
+
+    @classmethod
+    def of(cls, scores: Tensor) -> "_Teacher":
+        probabilities = scores.softmax(-1)
+        normaliser = scores.logsumexp(-1)
+        return cls(probabilities, torch.linalg.vecdot(probabilities, scores) - normaliser)
+
+
+def _slope_(
+    scores: Tensor, targets: Tensor, teacher: _Teacher | None, distil: float
+) -> tuple[Tensor, Tensor]:
+    """Turn logits into the objective's gradient, in place.
+
+    With p = softmax(logits) and t the teacher's probabilities, the gradient of
+    (1 - d) * CE + d * KL(t || p) is p - (1 - d) * onehot - d * t.
+
+    Args:
+        scores: logits [positions, vocab]; afterwards the gradient.
+        targets: [positions].
+        teacher: full depth's.
+        distil: d.
+
+    Returns:
+        Objective and cross-entropy per position.
+    """
+    rows = torch.arange(len(targets), device=targets.device)
+    scores -= scores.amax(-1, keepdim=True)
+    chosen = scores[rows, targets]
+    crossed = torch.linalg.vecdot(teacher.probabilities, scores) if teacher and distil else None
+    total = scores.exp_().sum(-1)
+    normaliser = total.log()
+    entropy = normaliser - chosen
+    scores /= total[:, None]
+    scores[rows, targets] -= 1.0 - distil
+    if crossed is None or teacher is None:
+        return entropy, entropy
+    scores.sub_(teacher.probabilities, alpha=distil)
+    gap = teacher.negative_entropy - crossed + normaliser
+    return (1.0 - distil) * entropy + distil * gap, entropy
