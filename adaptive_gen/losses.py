@@ -86,7 +86,7 @@ def score_exits(
     readouts: Mapping[int, Readout],
     states: Sequence[Tensor],
     labels: Tensor,
-    share: Sequence[float],
+    shares: Sequence[float] | Tensor,
     *,
     distil: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
@@ -98,7 +98,7 @@ def score_exits(
         readouts: exit layer -> its norm and head, ascending.
         states: per exit, [batch, length, hidden] after its last layer.
         labels: [batch, length], shifted here.
-        share: weight of each exit.
+        shares: weight of each exit, or of each exit at each position, [exits, batch, length].
         distil: share of the divergence from full depth.
         num_items_in_batch: what the sum is divided by.
         chunk_size: positions whose logits exist at once.
@@ -106,15 +106,21 @@ def score_exits(
     keep = labels[:, 1:] != IGNORE
     targets = labels[:, 1:][keep]
     rows = [state[:, :-1][keep] for state in states]
-    shares = torch.tensor(share, dtype=torch.float64, device=targets.device)
-    goal = Goal(
-        targets, shares.to(torch.promote_types(rows[-1].dtype, torch.float32)), distil, chunk_size
+    exact = torch.promote_types(rows[-1].dtype, torch.float32)
+    if not isinstance(shares, Tensor):
+        shares = torch.tensor(shares, dtype=torch.float64)
+    weight = shares.to(targets.device, exact)
+    if weight.dim() == 3:
+        weight = weight[:, :, :-1][:, keep]
+    objective, entropies = score(
+        list(readouts.values()), rows, Goal(targets, weight, distil, chunk_size)
     )
-    objective, entropies = score(list(readouts.values()), rows, goal)
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
     loss = objective / torch.as_tensor(items, device=targets.device).clamp(min=1)
-    means = entropies / max(targets.numel(), 1)
-    per_exit = {e: m for e, m, w in zip(readouts, means.unbind(), share, strict=True) if w}
+    read = (weight > 0).sum(1) if weight.dim() == 2 else (weight > 0) * targets.numel()
+    means = entropies / read.clamp(min=1)
+    weighs = (weight > 0).reshape(len(weight), -1).any(1).tolist()
+    per_exit = {e: m for e, m, w in zip(readouts, means, weighs, strict=True) if w}
     return SortedLoss(loss, per_exit)
 
 

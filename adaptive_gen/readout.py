@@ -52,7 +52,7 @@ def score(
 
     Returns:
         The objective, a scalar with a gradient, and per exit the summed cross-entropy [exits],
-        detached, 0 where nothing was read out.
+        detached, over positions that weigh something; 0 where nothing was read out.
     """
     learning = list({id(p): p for readout in readouts for p in readout.parameters()}.values())
     return _Score.apply(list(readouts), goal, learning, len(states), *states, *learning)
@@ -140,7 +140,7 @@ def _block(
         distil = 0.0 if index == last else goal.distil
         objective, entropy = _slope_(scores, targets, teacher, distil)
         sums.objective += (objective * share).sum()
-        sums.entropies[index] += entropy.sum()
+        sums.entropies[index] += (entropy * (share > 0)).sum() if share.dim() else entropy.sum()
         if learns and share.any():
             scores *= share[:, None] if share.dim() else share
             made = torch.autograd.grad(
