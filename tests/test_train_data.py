@@ -6,8 +6,10 @@ import json
 import pytest
 
 from adaptive_gen.errors import DataError
-from adaptive_gen.train.data import IGNORE, answer_only, collator, documents, load, pack
-from adaptive_gen.train.rows import Dialogue, Pair, Text, read_rows
+from adaptive_gen.train.data import answer_only, documents, load
+from adaptive_gen.train.packing import IGNORE, collator, stream
+from adaptive_gen.train.reading import read_rows
+from adaptive_gen.train.rows import Dialogue, Pair, Text
 from adaptive_gen.train.tokenizer import ASSISTANT, END, USER, train_bpe
 
 TEMPLATE = (
@@ -101,8 +103,8 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
 
 
 def test_packing_predicts_every_token_once():
-    stream = [list(range(i, i + 7)) for i in range(0, 70, 7)]
-    examples = list(pack(stream, 16))
+    texts = [list(range(i, i + 7)) for i in range(0, 70, 7)]
+    examples = list(stream(texts, 16))
     targets = [token for e in examples for token in e["labels"][1:]]
     assert targets == list(range(1, 70))
     assert all(len(e["input_ids"]) == 16 for e in examples[:-1])

@@ -13,6 +13,7 @@ from adaptive_gen import ui
 from adaptive_gen.terminal import run_app
 
 from .config import TrainConfig
+from .settings_file import NAMES, read_settings
 
 app = typer.Typer(
     help="Sorted fine-tuning: teach a model's middle layers to speak.",
@@ -21,38 +22,75 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-EXIT_FIELDS = ("exit_layers", "distill", "full_weight")
+# method -> what it does, and the settings that mean nothing to it
+METHODS = {
+    "soft": ("Sorted fine-tuning: every exit layer and full depth learn together.", ("layers",)),
+    "sft": ("Plain fine-tuning: full depth alone.", ("exit_layers", "objective", "layers")),
+    "ict": (
+        "Baseline: one new LM head per exit of a frozen, fine-tuned model.",
+        ("objective", "layers", "adapter", "from_config", "vocab_size"),
+    ),
+    "extract": (
+        "Baseline: the first layers of a model as a model of its own, fine-tuned alone.",
+        ("exit_layers", "objective", "from_config", "vocab_size"),
+    ),
+}
 
 
-def _command(name: str, text: str, without: Sequence[str] = ()) -> None:
+def _apply_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a settings file give the defaults of this command."""
+    if path is not None:
+        settings = read_settings(path)
+        known = {parameter.name for parameter in context.command.params}
+        foreign = sorted((set(settings) & NAMES) - known)
+        if foreign:
+            from adaptive_gen.errors import OptionError
+
+            raise OptionError(
+                f"--config {path} names {', '.join(foreign)}, which mean nothing to "
+                f"{context.info_name}; take them out."
+            )
+        context.default_map = settings
+    return path
+
+
+def _command(method: str, text: str, without: Sequence[str]) -> None:
     """Register a training command whose parameters are the fields of `TrainConfig`."""
 
-    def run(**values: Any) -> None:
+    def run(config: Path | None = None, **values: Any) -> None:
         from .run import train
 
         _quiet()
-        out = train(TrainConfig(**values), sorted_exits=not without)
-        ui.text(str(out))
+        ui.text(str(train(TrainConfig(**values), method)))
 
-    chosen = [f for f in fields(TrainConfig) if f.name not in without]
+    option = typer.Option(
+        help="YAML file with these settings; the command line wins.",
+        metavar="FILE",
+        callback=_apply_file,
+        is_eager=True,
+    )
+    chosen = {f.name: (f.default, f.type) for f in fields(TrainConfig) if f.name not in without}
+    if "layers" in chosen:
+        chosen["layers"] = (..., chosen["layers"][1])
+    chosen["config"] = (None, Annotated[Path | None, option])
     run.__signature__ = Signature(  # type: ignore[attr-defined]
         [
-            Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in chosen
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (default, kind) in chosen.items()
         ]
     )
-    run.__annotations__ = {f.name: f.type for f in chosen}
-    app.command(name, help=text)(run)
+    run.__annotations__ = {name: kind for name, (_, kind) in chosen.items()}
+    app.command(method, help=text)(run)
 
 
-_command("soft", "Sorted fine-tuning: every exit layer and full depth learn together.")
-_command("sft", "Plain fine-tuning: full depth alone.", without=EXIT_FIELDS)
+for _method, (_text, _without) in METHODS.items():
+    _command(_method, _text, _without)
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM.")],
-    data: Annotated[list[Path], typer.Option(help="Text or JSON-lines files.", metavar="FILE...")],
+    data: Annotated[list[Path], typer.Option(help="As for training.", metavar="FILE...")],
     exit_layers: Annotated[
         str | None, typer.Option(help="Default: the model's own, else quarters.")
     ] = None,

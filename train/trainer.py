@@ -1,17 +1,34 @@
 """SoFT on transformers' Trainer: only the loss and what is reported are its own."""
 
-import signal
-import sys
-import threading
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from adaptive_gen.losses import sorted_losses
+from adaptive_gen.losses import exit_states, exit_weights, score_exits
+
+from .callbacks import Progress, StopOnInterrupt
+from .exit_heads import readouts
+from .objectives import Objective
+from .random_depth import Departures, layer_dropout, leaving
+
+
+@dataclass
+class Throughput:
+    """Tokens that went through this process, and the time from the first step to the last."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with the rate."""
+        return {**asdict(self), "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0}
 
 
 class SoFTTrainer(Trainer):
@@ -19,32 +36,32 @@ class SoFTTrainer(Trainer):
 
     Args:
         exit_layers: counts of layers, full depth last.
-        distil: share of the divergence from full depth.
-        weights: exit layer -> weight.
+        objective: what a step minimises.
         chunk_size: positions whose logits exist at once.
     """
 
-    # `sorted_losses` divides by the labels of the whole optimiser step.
+    # `score_exits` divides by the labels of the whole optimiser step.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         *args: Any,
         exit_layers: Sequence[int],
-        distil: float = 0.0,
-        weights: Mapping[int, float] | None = None,
+        objective: Objective | None = None,
         chunk_size: int = 1024,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self._bare: Any = self.model
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a step
-        self._sorted = {
-            "exit_layers": list(exit_layers),
-            "distil": distil,
-            "weights": weights,
-            "chunk_size": chunk_size,
-        }
+        self.exit_layers = tuple(exit_layers)
+        self.objective = objective or Objective()
+        self.chunk_size = chunk_size
+        self.throughput = Throughput()
+        sizes = [(p.numel(), p.requires_grad) for p in self._bare.parameters()]
+        self.parameters = sum(size for size, _ in sizes)
+        self.trained_parameters = sum(size for size, learns in sizes if learns)
+        self._departures: Departures | None = None
         self._seen: dict[int, list[Any]] = defaultdict(list)
         for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(noisy)
@@ -69,24 +86,56 @@ class SoFTTrainer(Trainer):
         DDP, FSDP and DeepSpeed gather weights and reduce gradients around `forward`, so every use
         of a weight, the LM head's at each exit too, has to happen inside it.
         """
-        self._bare.forward = self._forward
+        # accelerate binds a method it finds here to the model; a partial it leaves alone.
+        self._bare.forward = partial(self._forward)
+        started = time.perf_counter()
         try:
-            with self._stop:
+            with self._stop, self._depths():
                 return super().train(*args, **kwargs)
         finally:
-            del self._bare.forward
+            self.throughput.seconds += time.perf_counter() - started
+            self._bare.__dict__.pop("forward", None)
 
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended the training; a checkpoint of the last step is then on disk."""
         return self._stop.asked
 
-    def _forward(self, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+    @contextmanager
+    def _depths(self) -> Iterator[None]:
+        """The random depths that the objective asks for, as long as the training lasts."""
+        decoder, objective = self._bare.get_decoder(), self.objective
+        with ExitStack() as stack:
+            if objective.dropout:
+                stack.enter_context(layer_dropout(decoder.layers, objective.dropout))
+            if objective.propagated and len(self.exit_layers) > 1:
+                self._departures = stack.enter_context(
+                    leaving(decoder, self.exit_layers, objective.propagated)
+                )
+            yield
+
+    def _forward(
+        self, input_ids: Any, labels: Any, num_items_in_batch: Any = None, **inputs: Any
+    ) -> Any:
         if num_items_in_batch is not None:  # gradients are averaged over processes, not summed
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
-        result = sorted_losses(
-            self._bare, **inputs, **self._sorted, num_items_in_batch=num_items_in_batch
+        weights = self.objective.weights(
+            self.exit_layers, self.state.global_step, self.state.max_steps, self.args.seed
         )
+        shares: Any = exit_weights(self.exit_layers, weights)
+        states = exit_states(self._bare, input_ids, self.exit_layers, **inputs)
+        if self._departures is not None:
+            shares = self._departures.shares(shares, self.exit_layers, self.objective.propagated)
+        result = score_exits(
+            readouts(self._bare, self.exit_layers),
+            states,
+            labels,
+            shares,
+            distil=self.objective.distil,
+            num_items_in_batch=num_items_in_batch,
+            chunk_size=self.chunk_size,
+        )
+        self.throughput.tokens += input_ids.numel()
         for exit_layer, value in result.per_exit.items():
             self._seen[exit_layer].append(value)
         return result.loss
@@ -98,70 +147,3 @@ class SoFTTrainer(Trainer):
                 logs[f"loss_exit_{exit_layer}"] = round(float(sum(values)) / len(values), 4)
             self._seen.clear()
         super().log(logs, *args, **kwargs)
-
-
-class Progress(TrainerCallback):
-    """A bar and log lines on stderr: stdout is for answers."""
-
-    def __init__(self):
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar where a resumed run left it."""
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One line: step, loss, and the loss of each exit."""
-        if not logs or "loss" not in logs:
-            return
-        exits = " ".join(
-            f"{key.removeprefix('loss_exit_')}:{value:.3f}"
-            for key, value in logs.items()
-            if key.startswith("loss_exit_")
-        )
-        line = f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f}"
-        self.bar.write(f"{line} | per exit {exits} | lr {logs['learning_rate']:.2e}", sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after its step, with a checkpoint; the second ends it now."""
-
-    def __init__(self):
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        sys.stderr.write(
-            "\nsaving a checkpoint; --resume goes on from it (Ctrl-C again: stop now)\n"
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
