@@ -70,15 +70,15 @@ class _Score(torch.autograd.Function):
         exits: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        states = tensors[:exits]
-        wanted = ctx.needs_input_grad[4:]
-        sums = _Sums(states, learning, wanted)
+        run = _Run(readouts, tensors[:exits], learning, goal, ctx.needs_input_grad[4:])
         for start in range(0, len(goal.targets), goal.chunk_size):
             part = slice(start, min(start + goal.chunk_size, len(goal.targets)))
-            _block(readouts, states, goal, part, sums)
-        ctx.gradients = sums.gradients
-        ctx.mark_non_differentiable(sums.entropies)
-        return sums.objective, sums.entropies
+            teacher = None
+            for index in range(exits - 1, -1, -1):  # full depth first: it teaches the others
+                teacher = run.exit(index, part, teacher) or teacher
+        ctx.gradients = run.gradients
+        ctx.mark_non_differentiable(run.entropies)
+        return run.objective, run.entropies
 
     @staticmethod
     @once_differentiable
@@ -92,61 +92,79 @@ class _Score(torch.autograd.Function):
         return (None, None, None, None, *scaled)
 
 
-class _Sums:
-    """What the blocks add up: objective, cross-entropies, gradients."""
+class _Run:
+    """One pass over all blocks, and what they add up: objective, cross-entropies, gradients."""
 
     def __init__(
-        self, states: Sequence[Tensor], learning: Sequence[Tensor], wanted: Sequence[bool]
+        self,
+        readouts: Sequence[Readout],
+        states: Sequence[Tensor],
+        learning: Sequence[Tensor],
+        goal: Goal,
+        wanted: Sequence[bool],
     ):
+        self.readouts, self.states, self.learning, self.goal = readouts, states, learning, goal
         exact = torch.promote_types(states[-1].dtype, torch.float32)
         self.objective = states[-1].new_zeros((), dtype=exact)
         self.entropies = states[-1].new_zeros(len(states), dtype=exact)
-        self.learning = learning
         self.gradients: list[tuple[Tensor | None, torch.dtype]] = []
         for index, (tensor, needed) in enumerate(zip((*states, *learning), wanted, strict=True)):
             # Parameters gather many blocks, which half precision would round away one by one.
             gathers = tensor.dtype if index < len(states) else exact
             zeros = torch.zeros_like(tensor, dtype=gathers) if needed else None
             self.gradients.append((zeros, tensor.dtype))
+        self.learns = any(total is not None for total, _ in self.gradients)
+        totals = self.gradients[len(states) :]
+        self.totals = {id(p): g for p, (g, _) in zip(learning, totals, strict=True)}
 
-    def add(self, exit_index: int, part: slice, made: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one block of one exit: of its states, then of the parameters."""
-        state, offset = self.gradients[exit_index][0], len(self.gradients) - len(self.learning)
-        if state is not None and made[0] is not None:
-            state[part] = made[0]
-        for (total, _), gradient in zip(self.gradients[offset:], made[1:], strict=True):
-            if total is not None and gradient is not None:
-                total += gradient
+    def exit(self, index: int, part: slice, teacher: "_Teacher | None") -> "_Teacher | None":
+        """One exit at some positions; its logits are gone when this returns.
 
-
-def _block(
-    readouts: Sequence[Readout], states: Sequence[Tensor], goal: Goal, part: slice, sums: _Sums
-) -> None:
-    """All exits at some positions, full depth first: it teaches the others."""
-    targets, last = goal.targets[part], len(states) - 1
-    learns = any(total is not None for total, _ in sums.gradients)
-    teacher: _Teacher | None = None
-    for index in range(last, -1, -1):
-        share = goal.shares[index, part] if goal.shares.dim() == 2 else goal.shares[index]
-        teaches = index == last and goal.distil > 0
-        if not teaches and not share.any():
-            continue
-        with torch.set_grad_enabled(learns):
-            state = states[index][part].detach().requires_grad_(learns)
-            logits = readouts[index](state)
+        Returns:
+            Full depth's distribution, if this is full depth and it has pupils.
+        """
+        shares, last = self.goal.shares, index == len(self.states) - 1
+        share = shares[index, part] if shares.dim() == 2 else shares[index]
+        teaches, weighs = last and self.goal.distil > 0, bool(share.any())
+        if not teaches and not weighs:
+            return None
+        readout = self.readouts[index]
+        with torch.set_grad_enabled(self.learns and weighs):
+            state = self.states[index][part].detach().requires_grad_(self.learns and weighs)
+            normed = readout.norm(state)
+            logits = readout.head(normed)
         scores = _exact(logits.detach())
-        if teaches:
-            teacher = _Teacher.of(scores)
-        distil = 0.0 if index == last else goal.distil
-        objective, entropy = _slope_(scores, targets, teacher, distil)
-        sums.objective += (objective * share).sum()
-        sums.entropies[index] += (entropy * (share > 0)).sum() if share.dim() else entropy.sum()
-        if learns and share.any():
+        taught = _Teacher.of(scores) if teaches else None
+        distil = 0.0 if last else self.goal.distil
+        objective, entropy = _slope_(scores, self.goal.targets[part], teacher, distil)
+        self.objective += (objective * share).sum()
+        self.entropies[index] += (entropy * (share > 0)).sum() if share.dim() else entropy.sum()
+        if self.learns and weighs:
             scores *= share[:, None] if share.dim() else share
-            made = torch.autograd.grad(
-                logits, [state, *sums.learning], scores.to(logits.dtype), allow_unused=True
-            )
-            sums.add(index, part, made)
+            self._descend(index, part, state, normed, logits, scores)
+        return taught
+
+    def _descend(
+        self, index: int, part: slice, state: Tensor, normed: Tensor, logits: Tensor, slope: Tensor
+    ) -> None:
+        """Add what the slope of some logits does to the state and to every parameter."""
+        top, head, learning = logits, self.readouts[index].head, self.learning
+        weight = head.linear.weight
+        total = self.totals.get(id(weight))
+        if head.plain and normed.dtype == slope.dtype:
+            # By hand: autograd would fill another matrix of the head's size for every block.
+            if total is not None:
+                total.addmm_(slope.T, normed.detach())
+                learning = [p for p in learning if p is not weight]
+            top, slope = normed, slope @ weight.detach()
+        made = torch.autograd.grad(top, [state, *learning], slope.to(top.dtype), allow_unused=True)
+        found, _ = self.gradients[index]
+        if found is not None and made[0] is not None:
+            found[part] = made[0]
+        for parameter, gradient in zip(learning, made[1:], strict=True):
+            sum_of = self.totals[id(parameter)]
+            if sum_of is not None and gradient is not None:
+                sum_of += gradient
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -51,6 +51,10 @@ def learnt(example, tokenizer):
             Dialogue([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]),
         ),
         (
+            {"question": "2+2?", "answers": ["4", "four"]},
+            Dialogue([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]),
+        ),
+        (
             {
                 "conversations": [
                     {"from": "human", "value": "Hi"},
@@ -89,6 +93,8 @@ def test_text_files_hold_documents(tmp_path, name):
         ('{"messages": [{"role": "user"}]}', "content"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "assistant"),
         ('{"turns": [["a"]]}', "turns"),
+        ('{"question": "2+2?", "answers": []}', "answers"),
+        ('{"conversations": [{"from": "human"}]}', "value"),
     ],
 )
 def test_a_bad_row_is_one_line_with_its_number(tmp_path, line, says):

@@ -6,7 +6,7 @@ from adaptive_gen.errors import DataError
 
 SHAPES = (
     '{"text"}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"messages"}, '
-    '{"conversations"} or {"turns"}'
+    '{"question", "answers"}, {"conversations"} or {"turns"}'
 )
 
 
@@ -57,12 +57,23 @@ def to_row(value: Any, where: str) -> Row:
         return _dialogue(
             [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], where
         )
+    if "question" in value and ("answers" in value or "answer" in value):
+        return _question(value, where)
     if "prompt" in value and "completion" in value:
         return Pair(_string(value, "prompt", where), _string(value, "completion", where))
     if "text" in value:
         return Text(_string(value, "text", where))
     keys = ", ".join(map(str, value)) or "nothing"
     raise DataError(f"{where} has the keys {keys}; rows are {SHAPES}.")
+
+
+def _question(value: dict[str, Any], where: str) -> Dialogue:
+    """A question with one answer, or a list of which the first is learnt."""
+    answers = value["answers"] if "answers" in value else [value["answer"]]
+    if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
+        raise DataError(f"{where}: answers is not a list of strings with one in it.")
+    ask = {"role": "user", "content": _string(value, "question", where)}
+    return _dialogue([ask, {"role": "assistant", "content": answers[0]}], where)
 
 
 def _string(value: dict[str, Any], key: str, where: str) -> str:

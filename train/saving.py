@@ -51,6 +51,7 @@ def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        for file in folder.iterdir():
+        # The record goes last: where it lies, all of the model does.
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):
             file.chmod(0o644)  # safetensors writes for its owner alone
             os.replace(file, out / file.name)
