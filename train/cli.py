@@ -54,37 +54,86 @@ def _apply_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _command(method: str, text: str, without: Sequence[str]) -> None:
-    """Register a training command whose parameters are the fields of `TrainConfig`."""
+FILE = typer.Option(
+    help="YAML file with these settings; the command line wins.",
+    metavar="FILE",
+    callback=_apply_file,
+    is_eager=True,
+)
 
-    def run(config: Path | None = None, **values: Any) -> None:
-        from .run import train
 
-        _quiet()
-        ui.text(str(train(TrainConfig(**values), method)))
-
-    option = typer.Option(
-        help="YAML file with these settings; the command line wins.",
-        metavar="FILE",
-        callback=_apply_file,
-        is_eager=True,
-    )
+def _command(name: str, text: str, without: Sequence[str], run: Any, **more: Any) -> None:
+    """Register a command whose parameters are the fields of `TrainConfig`, and `more`."""
     chosen = {f.name: (f.default, f.type) for f in fields(TrainConfig) if f.name not in without}
-    if "layers" in chosen:
+    if name == "extract":
         chosen["layers"] = (..., chosen["layers"][1])
-    chosen["config"] = (None, Annotated[Path | None, option])
-    run.__signature__ = Signature(  # type: ignore[attr-defined]
+    chosen.update(more, config=(None, Annotated[Path | None, FILE]))
+    run.__signature__ = Signature(
         [
             Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
             for name, (default, kind) in chosen.items()
         ]
     )
     run.__annotations__ = {name: kind for name, (_, kind) in chosen.items()}
-    app.command(method, help=text)(run)
+    app.command(name, help=text)(run)
+
+
+def _trains(method: str) -> Any:
+    def run(config: Path | None = None, **values: Any) -> None:
+        from .run import train
+
+        _quiet()
+        ui.text(str(train(TrainConfig(**values), method)))
+
+    return run
 
 
 for _method, (_text, _without) in METHODS.items():
-    _command(_method, _text, _without)
+    _command(_method, _text, _without, _trains(_method))
+
+
+def _plan(
+    config: Path | None = None,
+    devices: int = 1,
+    sharded: bool = False,
+    tokens: int = 0,
+    tokens_per_s: float = 0.0,
+    like: Path | None = None,
+    json_out: bool = False,
+    **values: Any,
+) -> None:
+    from .plan import Means, plan
+
+    _quiet()
+    found = plan(TrainConfig(**values), Means(devices, sharded, tokens, tokens_per_s, like))
+    if json_out:
+        ui.document(found.as_dict())
+        return
+    memory = {f"{name}, GiB per device": size / 2**30 for name, size in found.memory.rows()}
+    hours = None if found.seconds is None else found.seconds / 3600
+    rows = {
+        "parameters": f"{found.parameters:,}",
+        "exit layers": f"{', '.join(map(str, found.exit_layers))} of {found.n_layers}",
+        **{name: f"{size:.2f}" for name, size in memory.items()},
+        "optimiser steps": "give --tokens or --data" if found.steps is None else f"{found.steps:,}",
+        "tokens": "-" if found.tokens is None else f"{found.tokens:,}",
+        "hours": "give --tokens-per-s or --like" if hours is None else f"{hours:.2f}",
+    }
+    ui.table("what the run will take", ("", ""), list(rows.items()))
+
+
+_command(
+    "plan",
+    "Parameters, memory, steps and time of a run, without loading weights.",
+    ("layers", "adapter", "resume"),
+    _plan,
+    devices=(1, Annotated[int, typer.Option(help="Devices that take part.", min=1)]),
+    sharded=(False, Annotated[bool, typer.Option("--sharded", help="FSDP or ZeRO-3.")]),
+    tokens=(0, Annotated[int, typer.Option(help="Of one pass over the data.", min=0)]),
+    tokens_per_s=(0.0, Annotated[float, typer.Option(help="Of all devices together.", min=0.0)]),
+    like=(None, Annotated[Path | None, typer.Option(help="Finished run to take the speed from.")]),
+    json_out=(False, Annotated[bool, typer.Option("--json", help="One JSON document.")]),
+)
 
 
 @app.command("eval")

@@ -49,23 +49,40 @@ def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
         DataError: missing, unreadable, empty or broken; names the line.
     """
     bad = bad or BadRows()
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".jsonl"):
-        rows = _checked(_json_lines(path, bad), bad)
-    elif name.endswith(".json"):
-        rows = _checked(_json_array(path), bad)
-    elif name.endswith(".parquet"):
-        rows = _checked(_parquet(path), bad)
-    elif str(path).startswith(HUB) or path.is_dir():
-        rows = _checked(_data_set(path), bad)
-    else:
-        rows = _documents(_text_lines(path))
+    values = _values(path, bad)
+    rows = _documents(_text_lines(path)) if values is None else _checked(values, bad)
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
         raise DataError(f"{path} holds no rows; give a file with text in it.")
+
+
+def read_json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one source as they stand, each checked as for training.
+
+    Raises:
+        DataError: as `read_rows`, and for plain text, which has no fields.
+    """
+    values = _values(path, BadRows())
+    if values is None:
+        raise DataError(f"{path} is plain text; give .jsonl, .json, .parquet or a data set.")
+    for where, value in values:
+        to_row(value, where)
+        yield value
+
+
+def _values(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]] | None:
+    """(place, value) pairs of a source of objects; None for plain text."""
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return _json_lines(path, bad)
+    if name.endswith(".json"):
+        return _json_array(path)
+    if name.endswith(".parquet"):
+        return _parquet(path)
+    return _data_set(path) if str(path).startswith(HUB) or path.is_dir() else None
 
 
 def _checked(values: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Row]:

@@ -50,8 +50,20 @@ def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
             delattr(model, exit_heads.NAME)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RECORD, notes)
         # The record goes last: where it lies, all of the model does.
         for file in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):
             file.chmod(0o644)  # safetensors writes for its owner alone
             os.replace(file, out / file.name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(content, encoding="utf-8")
+    os.replace(new, path)
