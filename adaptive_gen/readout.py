@@ -172,6 +172,11 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Products of rows; `linalg.vecdot` would fill another block of logits."""
+    return torch.bmm(left[:, None], right[:, :, None]).flatten()
+
+
 class _Teacher(NamedTuple):
     """Full depth's distribution over the next token."""
 
@@ -181,8 +186,10 @@ class _Teacher(NamedTuple):
     @classmethod
     def of(cls, scores: Tensor) -> "_Teacher":
         probabilities = scores.softmax(-1)
-        normaliser = scores.logsumexp(-1)
-        return cls(probabilities, torch.linalg.vecdot(probabilities, scores) - normaliser)
+        # log-sum-exp off the likeliest token: `logsumexp` would fill another block of logits.
+        best, where = probabilities.max(-1, keepdim=True)
+        normaliser = (scores.gather(-1, where) - best.log()).squeeze(-1)
+        return cls(probabilities, _dot(probabilities, scores) - normaliser)
 
 
 def _slope_(
@@ -205,7 +212,7 @@ def _slope_(
     rows = torch.arange(len(targets), device=targets.device)
     scores -= scores.amax(-1, keepdim=True)
     chosen = scores[rows, targets]
-    crossed = torch.linalg.vecdot(teacher.probabilities, scores) if teacher and distil else None
+    crossed = _dot(teacher.probabilities, scores) if teacher and distil else None
     total = scores.exp_().sum(-1)
     normaliser = total.log()
     entropy = normaliser - chosen

@@ -180,24 +180,23 @@ def _activations(config: TrainConfig, shape: Any, layers: Sequence[int]) -> int:
             keep_first(cut, depth)
         found[depth] = _measured(config, cut)
     per_layer = (found[deep] - found[shallow]) // (deep - shallow)
-    return (
-        found[shallow] + per_layer * (layers[-1] - shallow) + _readouts(config, shape, len(layers))
-    )
+    stored = per_layer * layers[-1]
+    passing = found[shallow] - per_layer * shallow  # of the layer that is just computed
+    kept, block = _readouts(config, shape, len(layers))
+    return stored + kept + max(passing, block)
 
 
-def _readouts(config: TrainConfig, shape: Any, count: int) -> int:
-    """Bytes that scoring the exits holds: see `adaptive_gen.readout`."""
+def _readouts(config: TrainConfig, shape: Any, count: int) -> tuple[int, int]:
+    """Bytes that scoring the exits keeps, and holds for a while: see `adaptive_gen.readout`."""
     text = shape.get_text_config()
     narrow = 4 if config.dtype == "float32" else 2
     positions = config.micro_batch * config.seq_len
-    states = 2 * count * positions * text.hidden_size * narrow  # a copy, and its gradient
+    states = count * positions * text.hidden_size * narrow
+    head = text.vocab_size * text.hidden_size * 4  # its gradient, gathered in single precision
     # Logits in single precision, beside them those of half precision, and the teacher's.
-    block = min(config.chunk_size, positions) * text.vocab_size
-    logits = block * (
-        4 + (narrow if narrow == 2 else 0) + (4 if parse(config.objective).distil else 0)
-    )
-    head = text.vocab_size * text.hidden_size * 4  # its gradient is gathered in single precision
-    return states + logits + (head if config.dtype == "bfloat16" else 0)
+    logits = min(config.chunk_size, positions) * text.vocab_size
+    wide = 4 + (narrow if narrow == 2 else 0) + (4 if parse(config.objective).distil else 0)
+    return states + head, states + logits * wide
 
 
 def _measured(config: TrainConfig, shape: Any) -> int:
