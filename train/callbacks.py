@@ -23,7 +23,7 @@ class Progress(TrainerCallback):
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and state.is_world_process_zero),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One line: step, loss, and the loss of each exit."""
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         exits = " ".join(
             f"{key.removeprefix('loss_exit_')}:{value:.3f}"

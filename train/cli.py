@@ -80,10 +80,12 @@ def _command(name: str, text: str, without: Sequence[str], run: Any, **more: Any
 
 def _trains(method: str) -> Any:
     def run(config: Path | None = None, **values: Any) -> None:
-        from .run import train
+        from .run import main_process, train
 
         _quiet()
-        ui.text(str(train(TrainConfig(**values), method)))
+        out = train(TrainConfig(**values), method)
+        if main_process():
+            ui.text(str(out))
 
     return run
 

@@ -51,7 +51,7 @@ def train(config: TrainConfig, method: str) -> Path:
 
         model = add_adapter(model, config.adapter)
     trainer = _trainer(config, model, tokenizer, layers, objective)
-    if config.from_config and _main_process():
+    if config.from_config and main_process():
         tokenizer.save_pretrained(config.out)  # a resumed run must not learn another BPE
     if config.compile:
         _compile(model)
@@ -65,7 +65,7 @@ def train(config: TrainConfig, method: str) -> Path:
     if method == "soft":
         model.config.exit_layers = list(layers)
         model.config.exit_objective = str(objective)
-    if _main_process():
+    if main_process():
         save(model, tokenizer, config.out, record(config, method, objective, trainer))
     return config.out
 
@@ -113,7 +113,7 @@ def fitting(seq_len: int, model: Any) -> int:
     return min(seq_len, getattr(model.config, "max_position_embeddings", None) or seq_len)
 
 
-def _main_process() -> bool:
+def main_process() -> bool:
     """Whether this process writes; `torchrun` and `accelerate launch` start several."""
     return int(os.environ.get("RANK", "0")) == 0
 

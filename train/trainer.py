@@ -31,43 +31,32 @@ class Throughput:
         return {**asdict(self), "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0}
 
 
-class SoFTTrainer(Trainer):
-    """Trains all exits of every batch; plain fine-tuning is the case of full depth alone.
-
-    Args:
-        exit_layers: counts of layers, full depth last.
-        objective: what a step minimises.
-        chunk_size: positions whose logits exist at once.
-    """
+class SortedTraining:
+    """The sorted loss for a Trainer of transformers: put it before that class in the bases."""
 
     # `score_exits` divides by the labels of the whole optimiser step.
     loss_is_scaled_for_ga = True
+    model: Any
+    accelerator: Any
+    state: Any
+    args: Any
 
-    def __init__(
-        self,
-        *args: Any,
-        exit_layers: Sequence[int],
-        objective: Objective | None = None,
-        chunk_size: int = 1024,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
+    def sort(self, exit_layers: Sequence[int], objective: Objective, chunk_size: int) -> None:
+        """Say what is trained; call it once the Trainer is made.
+
+        Args:
+            exit_layers: counts of layers, full depth last.
+            objective: what a step minimises.
+            chunk_size: positions whose logits exist at once.
+        """
         self._bare: Any = self.model
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a step
         self.exit_layers = tuple(exit_layers)
-        self.objective = objective or Objective()
+        self.objective = objective
         self.chunk_size = chunk_size
         self.throughput = Throughput()
-        sizes = [(p.numel(), p.requires_grad) for p in self._bare.parameters()]
-        self.parameters = sum(size for size, _ in sizes)
-        self.trained_parameters = sum(size for size, learns in sizes if learns)
         self._departures: Departures | None = None
         self._seen: dict[int, list[Any]] = defaultdict(list)
-        for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
-            self.remove_callback(noisy)
-        self.add_callback(Progress())
-        self._stop = StopOnInterrupt()
-        self.add_callback(self._stop)
 
     def compute_loss(
         self,
@@ -90,16 +79,11 @@ class SoFTTrainer(Trainer):
         self._bare.forward = partial(self._forward)
         started = time.perf_counter()
         try:
-            with self._stop, self._depths():
-                return super().train(*args, **kwargs)
+            with self._depths():
+                return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.throughput.seconds += time.perf_counter() - started
             self._bare.__dict__.pop("forward", None)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the training; a checkpoint of the last step is then on disk."""
-        return self._stop.asked
 
     @contextmanager
     def _depths(self) -> Iterator[None]:
@@ -146,4 +130,43 @@ class SoFTTrainer(Trainer):
             for exit_layer, values in sorted(self._seen.items()):
                 logs[f"loss_exit_{exit_layer}"] = round(float(sum(values)) / len(values), 4)
             self._seen.clear()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class SoFTTrainer(SortedTraining, Trainer):
+    """Trains all exits of every batch; plain fine-tuning is the case of full depth alone.
+
+    Args:
+        exit_layers: counts of layers, full depth last.
+        objective: what a step minimises.
+        chunk_size: positions whose logits exist at once.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        exit_layers: Sequence[int],
+        objective: Objective | None = None,
+        chunk_size: int = 1024,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.sort(exit_layers, objective or Objective(), chunk_size)
+        sizes = [(p.numel(), p.requires_grad) for p in self._bare.parameters()]
+        self.parameters = sum(size for size, _ in sizes)
+        self.trained_parameters = sum(size for size, learns in sizes if learns)
+        for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
+            self.remove_callback(noisy)
+        self.add_callback(Progress())
+        self._stop = StopOnInterrupt()
+        self.add_callback(self._stop)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the first Ctrl-C ends it with a checkpoint."""
+        with self._stop:
+            return super().train(*args, **kwargs)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the training; a checkpoint of the last step is then on disk."""
+        return self._stop.asked
