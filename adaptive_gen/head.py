@@ -14,13 +14,17 @@ class Head:
     Cohere multiplies the logits, Granite divides them, Gemma 2 caps them softly.
     """
 
-    def __init__(self, model: Any):
-        """Find the head of a causal LM; raise `ModelError` if it has none."""
+    def __init__(self, model: Any, linear: Any = None):
+        """Find the head of a causal LM, or take another `linear` in its place.
+
+        Raises:
+            ModelError: it has none.
+        """
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ModelError(f"{type(model).__name__} has no LM head; give a causal LM.")
         config = model.config.get_text_config()
-        self._model = model
+        self._model, self._own = model, linear
         self.factor: float | None = getattr(config, "logit_scale", None)
         self.divisor: float | None = getattr(config, "logits_scaling", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -28,7 +32,7 @@ class Head:
     @property
     def linear(self) -> Any:
         """The head itself, looked up anew: adapters replace it on a model that is in use."""
-        return self._model.get_output_embeddings()
+        return self._model.get_output_embeddings() if self._own is None else self._own
 
     @property
     def plain(self) -> bool:

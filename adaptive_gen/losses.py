@@ -1,6 +1,6 @@
 """The sorted (SoFT) loss: every exit layer decodes through the model's own norm and LM head.
 
-One backbone forward gives the hidden states of all exits; the heads run in chunks of positions, so
+One backbone forward gives the hidden states of all exits; `readout` scores them block by block, so
 the logits of all exits never exist at once.
 """
 
@@ -10,18 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .errors import OptionError
 from .exits import normalise, quarter_points
 from .head import Head
 from .naming import Parts
-
-try:  # documented since torch 2.13; older releases take the checkpointed chunks
-    from torch.nn import LinearCrossEntropyOptions
-except ImportError:
-    LinearCrossEntropyOptions = None
+from .readout import Goal, Readout, score
 
 IGNORE = -100
 
@@ -45,14 +39,14 @@ def sorted_losses(
     *,
     exit_layers: Sequence[int] | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    distill: float = 0.0,
+    distil: float = 0.0,
     weights: Mapping[int, float] | None = None,
     chunk_size: int = 1024,
     **model_inputs: Any,
 ) -> SortedLoss:
     """Weighted mean over exits of the cross-entropy through the shared final norm and LM head.
 
-    With `distill=d`, an intermediate exit minimises `(1 - d) * CE + d * KL(full depth || exit)`;
+    With `distil=d`, an intermediate exit minimises `(1 - d) * CE + d * KL(full depth || exit)`;
     full depth is the detached teacher and keeps its plain cross-entropy.
 
     Args:
@@ -63,31 +57,78 @@ def sorted_losses(
             `config.exit_layers`, else quarter points.
         num_items_in_batch: labels that count in the whole optimiser step. The sum is divided by it,
             which makes gradient accumulation exact. Default: the labels of this batch.
-        distill: share of the divergence from full depth, in [0, 1].
-        weights: exit layer -> weight, 1 where absent; only their ratio matters.
-        chunk_size: positions whose logits exist at once; a batch that fits in one chunk skips the
-            second head forward that larger ones pay for.
+        distil: share of the divergence from full depth, in [0, 1].
+        weights: exit layer -> weight, 1 where absent; only their ratio matters. An exit that weighs
+            0 is not read out.
+        chunk_size: positions whose logits exist at once.
         **model_inputs: `attention_mask`, `position_ids`, whatever else the backbone takes.
 
     Returns:
-        The loss and the mean cross-entropy of each exit.
+        The loss and the mean cross-entropy of each exit that was read out.
     """
-    if not 0.0 <= distill <= 1.0:
-        raise OptionError(f"distill is {distill}: give the share of the KL term, from 0 to 1.")
-    head = Head(model)
+    if not 0.0 <= distil <= 1.0:
+        raise OptionError(f"distil is {distil}: give the share of the KL term, from 0 to 1.")
+    readout = shared_readout(model)
     exits = resolve_exits(model, exit_layers)
     share = exit_weights(exits, weights)
-    hidden = exit_states(model, input_ids, exits, **model_inputs)
+    states = exit_states(model, input_ids, exits, **model_inputs)
+    return score_exits(
+        dict.fromkeys(exits, readout),
+        states,
+        labels,
+        share,
+        distil=distil,
+        num_items_in_batch=num_items_in_batch,
+        chunk_size=chunk_size,
+    )
+
+
+def score_exits(
+    readouts: Mapping[int, Readout],
+    states: Sequence[Tensor],
+    labels: Tensor,
+    shares: Sequence[float] | Tensor,
+    *,
+    distil: float = 0.0,
+    num_items_in_batch: Tensor | int | None = None,
+    chunk_size: int = 1024,
+) -> SortedLoss:
+    """The loss of states that are already there; see `sorted_losses`.
+
+    Args:
+        readouts: exit layer -> its norm and head, ascending.
+        states: per exit, [batch, length, hidden] after its last layer.
+        labels: [batch, length], shifted here.
+        shares: weight of each exit, or of each exit at each position, [exits, batch, length].
+        distil: share of the divergence from full depth.
+        num_items_in_batch: what the sum is divided by.
+        chunk_size: positions whose logits exist at once.
+    """
     keep = labels[:, 1:] != IGNORE
     targets = labels[:, 1:][keep]
-    rows = [state[:, :-1][keep] for state in hidden]
-    objective, entropies = _exit_sums(head, rows, targets, distill, chunk_size)
+    rows = [state[:, :-1][keep] for state in states]
+    exact = torch.promote_types(rows[-1].dtype, torch.float32)
+    if not isinstance(shares, Tensor):
+        shares = torch.tensor(shares, dtype=torch.float64)
+    weight = shares.to(targets.device, exact)
+    if weight.dim() == 3:
+        weight = weight[:, :, :-1][:, keep]
+    objective, entropies = score(
+        list(readouts.values()), rows, Goal(targets, weight, distil, chunk_size)
+    )
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
-    items = torch.as_tensor(items, device=targets.device).clamp(min=1)
-    loss = torch.stack([w * o for w, o in zip(share, objective, strict=True)]).sum() / items
-    mean = 1.0 / max(targets.numel(), 1)
-    per_exit = {e: ce.detach() * mean for e, ce in zip(exits, entropies, strict=True)}
+    loss = objective / torch.as_tensor(items, device=targets.device).clamp(min=1)
+    read = (weight > 0).sum(1) if weight.dim() == 2 else (weight > 0) * targets.numel()
+    means = entropies / read.clamp(min=1)
+    weighs = (weight > 0).reshape(len(weight), -1).any(1).tolist()
+    per_exit = {e: m for e, m, w in zip(readouts, means, weighs, strict=True) if w}
     return SortedLoss(loss, per_exit)
+
+
+def shared_readout(model: nn.Module) -> Readout:
+    """The model's final norm and LM head, which all exits share."""
+    head = Head(model)
+    return Readout(Parts(model).readout_norm, head)
 
 
 def resolve_exits(model: nn.Module, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -114,12 +155,12 @@ def exit_weights(exits: Sequence[int], weights: Mapping[int, float] | None) -> l
 def exit_states(
     model: nn.Module, input_ids: Tensor, exits: Sequence[int], **model_inputs: Any
 ) -> list[Tensor]:
-    """Hidden states after each exit layer, normed and ready for the LM head; one forward."""
+    """Hidden states [batch, length, hidden] after each exit layer, not normed; one forward."""
     parts = Parts(model)
     caught: dict[int, Tensor] = {}
-    with _catching(parts.layers, exits[:-1], caught):
-        out = parts.base(input_ids=input_ids, use_cache=False, **model_inputs)
-    return [parts.norm(caught[e]) for e in exits[:-1]] + [out.last_hidden_state]
+    with _catching(parts.layers, exits, caught):
+        parts.base(input_ids=input_ids, use_cache=False, **model_inputs)
+    return [caught[e] for e in exits]
 
 
 @contextmanager
@@ -138,51 +179,3 @@ def _catching(layers: Any, exits: Sequence[int], caught: dict[int, Tensor]):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _exit_sums(
-    head: Head, rows: list[Tensor], targets: Tensor, distill: float, chunk_size: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Per exit, summed over positions: the objective, and the cross-entropy in it."""
-    # An empty batch takes one empty chunk: zeros that still reach every parameter, as DDP demands.
-    count = len(targets)
-    if count and distill == 0.0 and head.plain and LinearCrossEntropyOptions is not None:
-        sums = [_fused_sum(head.linear.weight, row, targets, chunk_size) for row in rows]
-        return sums, sums
-    chunks = []
-    for start in range(0, max(count, 1), chunk_size):
-        part = [row[start : start + chunk_size] for row in rows]
-        args = (head, targets[start : start + chunk_size], distill, *part)
-        single = count <= chunk_size
-        chunks.append(_chunk(*args) if single else checkpoint(_chunk, *args, use_reentrant=False))
-    objectives, entropies = torch.stack(chunks).sum(0).unbind()
-    return list(objectives.unbind()), list(entropies.unbind())
-
-
-def _fused_sum(weight: Tensor, row: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
-    assert LinearCrossEntropyOptions is not None
-    options = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk_size)
-    return F.linear_cross_entropy(row, weight, targets, reduction="sum", options=options)
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Half precision is too coarse for a log-softmax over a vocabulary; double stays double."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _chunk(head: Head, targets: Tensor, distill: float, *rows: Tensor) -> Tensor:
-    """[2, exits]: objective and cross-entropy of one chunk of positions."""
-    last = _full(head(rows[-1]))
-    full = F.cross_entropy(last, targets, reduction="sum")
-    teacher = last.detach().log_softmax(-1) if distill else last
-    objectives, entropies = [], []
-    for row in rows[:-1]:
-        scores = _full(head(row)).log_softmax(-1)
-        entropy = F.nll_loss(scores, targets, reduction="sum")
-        objective = entropy
-        if distill:
-            gap = F.kl_div(scores, teacher, reduction="sum", log_target=True)
-            objective = (1.0 - distill) * entropy + distill * gap
-        objectives.append(objective)
-        entropies.append(entropy)
-    return torch.stack([torch.stack([*objectives, full]), torch.stack([*entropies, full])])

@@ -137,6 +137,15 @@ class Parts:
             return module(None, position_ids=position_ids)  # OPT's adds an offset of its own
         return module(position_ids)
 
+    @property
+    def readout_norm(self) -> nn.Module:
+        """What `norm` does, as one module with its parameters."""
+        norm = getattr(self.base, self._names["norm"])
+        projection = getattr(self.base, "project_out", None)
+        if norm is not None and projection is None:
+            return norm
+        return nn.Sequential(*(module for module in (norm, projection) if module is not None))
+
     def norm(self, hidden: Tensor) -> Tensor:
         """What happens between the last layer and the LM head, to [..., hidden]."""
         norm = getattr(self.base, self._names["norm"])

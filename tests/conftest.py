@@ -19,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+STORY = "Once upon a time a cat sat on a mat. The cat saw a dog. They ran and ran all day.\n"
 BYTES = 256
 BOS, EOS, PAD = 256, 257, 258
 VOCAB = 259
@@ -118,6 +119,23 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Forty short stories in a text file."""
+    path = tmp_path / "stories.txt"
+    path.write_text("<|endoftext|>\n".join(f"{i}. {STORY}" for i in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model_dir(tmp_path, tiny_llama, byte_tokenizer):
+    """A saved random model of four layers."""
+    folder = tmp_path / "model"
+    tiny_llama(layers=4).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _byte_symbols():

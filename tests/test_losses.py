@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptive_gen
-from adaptive_gen import losses
 from adaptive_gen.errors import ModelError, OptionError
 from adaptive_gen.losses import sorted_losses
 
@@ -37,7 +36,7 @@ def batch(rows=3, length=20, vocab=96):
     return ids, labels
 
 
-def naive(model, ids, labels, distill=0.0, weights=(1, 1, 1), **inputs):
+def naive(model, ids, labels, distil=0.0, weights=(1, 1, 1), **inputs):
     """Each exit as a model of its own, cut by hand; full logits, no chunks. -> loss, entropies"""
     depth = model.config.num_hidden_layers
     layers = model.model.layers
@@ -54,7 +53,7 @@ def naive(model, ids, labels, distill=0.0, weights=(1, 1, 1), **inputs):
     objectives = []
     for row, entropy in zip(rows, entropies, strict=True):
         gap = (rows[-1].detach().exp() * (rows[-1].detach() - row)).sum(-1).mean()
-        objectives.append(entropy if row is rows[-1] else (1 - distill) * entropy + distill * gap)
+        objectives.append(entropy if row is rows[-1] else (1 - distil) * entropy + distil * gap)
     total = sum(w * o for w, o in zip(weights, objectives, strict=True)) / sum(weights)
     return total, entropies
 
@@ -70,17 +69,17 @@ def same_gradients(model, wanted):
     torch.testing.assert_close(gradients(model), wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.6])
+@pytest.mark.parametrize("distil", [0.0, 0.6])
 @pytest.mark.parametrize("chunk_size", [7, 4096])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_a_loop_over_sub_models(name, chunk_size, distill):
+def test_equals_a_loop_over_sub_models(name, chunk_size, distil):
     model = make(name)
     ids, labels = batch()
-    expected, entropies = naive(model, ids, labels, distill)
+    expected, entropies = naive(model, ids, labels, distil)
     expected.backward()
     wanted = gradients(model)
     result = sorted_losses(
-        model, ids, labels, exit_layers=EXITS, distill=distill, chunk_size=chunk_size
+        model, ids, labels, exit_layers=EXITS, distil=distil, chunk_size=chunk_size
     )
     result.loss.backward()
     assert result.loss.item() == pytest.approx(expected.item(), abs=1e-10)
@@ -90,14 +89,43 @@ def test_equals_a_loop_over_sub_models(name, chunk_size, distill):
     same_gradients(model, wanted)
 
 
-def test_without_the_fused_function_the_loss_is_the_same(monkeypatch):
-    """torch before 2.13 has no `F.linear_cross_entropy` with chunks."""
+def test_sorted_loss_is_the_value_of_sorted_losses():
     model = make("llama")
     ids, labels = batch()
-    with_it = adaptive_gen.sorted_loss(model, ids, labels, exit_layers=EXITS)
-    monkeypatch.setattr(losses, "LinearCrossEntropyOptions", None)
-    without = adaptive_gen.sorted_loss(model, ids, labels, exit_layers=EXITS, chunk_size=5)
-    assert without.item() == pytest.approx(with_it.item(), abs=1e-10)
+    loss = adaptive_gen.sorted_loss(model, ids, labels, exit_layers=EXITS)
+    assert torch.equal(loss, sorted_losses(model, ids, labels, exit_layers=EXITS).loss)
+
+
+def test_an_exit_without_weight_is_not_read_out():
+    model = make("llama")
+    ids, labels = batch()
+    found = sorted_losses(model, ids, labels, exit_layers=EXITS, weights={2: 0, 6: 0}, distil=0.5)
+    assert list(found.per_exit) == [4]
+    _, entropies = naive(model, ids, labels)
+    assert found.per_exit[4].item() == pytest.approx(entropies[1].item(), abs=1e-10)
+
+
+def test_a_second_backward_pass_is_refused():
+    loss = sorted_losses(make("llama"), *batch(), exit_layers=EXITS).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("distil", [0.0, 0.5])
+def test_bfloat16_gathers_its_gradients_in_single_precision(distil):
+    """Many small blocks give what one block gives, to bfloat16's own precision."""
+    model = make("llama").bfloat16()
+    ids, labels = batch(rows=8, length=40)
+    for chunk_size in (512, 4):
+        options = {"exit_layers": EXITS, "distil": distil, "chunk_size": chunk_size}
+        loss = sorted_losses(model, ids, labels, **options).loss
+        assert loss.dtype is torch.float32
+        loss.backward()
+        found = gradients(model)["lm_head.weight"]
+        if chunk_size == 512:
+            wanted = found
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=2**-7)
 
 
 def test_weights_count_by_their_ratio():
@@ -125,15 +153,15 @@ def test_padding_on_the_right_changes_nothing():
     assert padded.loss.item() == pytest.approx(alone.loss.item(), abs=1e-10)
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.5])
+@pytest.mark.parametrize("distil", [0.0, 0.5])
 @pytest.mark.parametrize("split", [[8], [4, 4], [2, 2, 2, 2], [3, 1, 4]])
-def test_gradient_accumulation_is_exact(split, distill):
+def test_gradient_accumulation_is_exact(split, distil):
     """However eight ragged rows are split, the sum of the parts is the whole."""
     model = make("llama")
     torch.manual_seed(1)
     ids, labels = batch(rows=8, length=40)
     items = int((labels[:, 1:] != -100).sum())
-    options = {"exit_layers": EXITS, "distill": distill, "chunk_size": 32}
+    options = {"exit_layers": EXITS, "distil": distil, "chunk_size": 32}
     sorted_losses(model, ids, labels, **options).loss.backward()
     wanted = gradients(model)
     total = 0.0
@@ -149,7 +177,7 @@ def test_gradient_accumulation_is_exact(split, distill):
 
 def test_every_parameter_gets_a_gradient_and_no_hook_stays():
     model = make("gemma2")
-    sorted_losses(model, *batch(), exit_layers=EXITS, distill=0.5).loss.backward()
+    sorted_losses(model, *batch(), exit_layers=EXITS, distil=0.5).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -159,7 +187,7 @@ def test_distillation_does_not_move_the_teacher():
     model = make("llama")
     ids, labels = batch()
     options = {"exit_layers": EXITS, "weights": {2: 1, 4: 1, 6: 0}}
-    sorted_losses(model, ids, labels, distill=1.0, **options).loss.backward()
+    sorted_losses(model, ids, labels, distil=1.0, **options).loss.backward()
     for layer in model.model.layers[4:]:
         assert all(not p.grad.any() for p in layer.parameters() if p.grad is not None)
     assert model.model.layers[3].mlp.down_proj.weight.grad.any()
@@ -180,9 +208,9 @@ def test_gradient_checkpointing_gives_the_same_gradient():
 def test_a_batch_with_nothing_to_learn_is_zero_and_harmless():
     model = make("llama")
     ids, _ = batch()
-    for distill in (0.0, 0.5):
+    for distil in (0.0, 0.5):
         loss = sorted_losses(
-            model, ids, torch.full_like(ids, -100), exit_layers=EXITS, distill=distill
+            model, ids, torch.full_like(ids, -100), exit_layers=EXITS, distil=distil
         ).loss
         loss.backward()
         assert loss.item() == 0.0
@@ -202,7 +230,7 @@ def test_exits_default_to_the_checkpoint_then_to_quarters():
     [
         {"exit_layers": [7]},
         {"exit_layers": [0]},
-        {"distill": 1.5},
+        {"distil": 1.5},
         {"weights": {3: 1.0}},
         {"weights": {2: -1.0}},
         {"weights": dict.fromkeys(EXITS, 0.0)},

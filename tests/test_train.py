@@ -8,75 +8,17 @@ import sys
 
 import pytest
 import torch
+from training import losses, options, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaptive_gen import losses as losses_module
 from adaptive_gen.train import cli
-from adaptive_gen.train.config import TrainConfig
+from adaptive_gen.train import trainer as trainer_module
 from adaptive_gen.train.run import evaluate_model, train
-
-STORY = "Once upon a time a cat sat on a mat. The cat saw a dog. They ran and ran all day.\n"
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "stories.txt"
-    path.write_text("<|endoftext|>\n".join(f"{i}. {STORY}" for i in range(40)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def model_dir(tmp_path, tiny_llama, byte_tokenizer):
-    folder = tmp_path / "model"
-    tiny_llama(layers=4).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
-
-
-def options(model_dir, data, out, **more):
-    return TrainConfig(
-        **{
-            "model": str(model_dir),
-            "data": [data],
-            "out": out,
-            "exit_layers": "1,3",
-            "seq_len": 32,
-            "batch_size": 4,
-            "micro_batch": 4,
-            "max_steps": 4,
-            "log_steps": 1,
-            "lr": 1e-3,
-            **more,
-        }
-    )
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def losses(folder):
-    """Logged loss of each step, from the last checkpoint."""
-    (last,) = sorted(folder.glob("checkpoints/*"), key=lambda p: int(p.name.split("-")[1]))[-1:]
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [row for row in history if "loss" in row]
-
-
-def run(monkeypatch, capsys, *arguments):
-    """The command in this process. -> exit code, stdout, stderr"""
-    monkeypatch.setattr(sys, "argv", ["adaptive-train", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_soft_moves_every_parameter_and_names_its_exits(tmp_path, model_dir, data):
     before = weights(model_dir)
-    out = train(options(model_dir, data, tmp_path / "out"), sorted_exits=True)
+    out = train(options(model_dir, data, tmp_path / "out"), "soft")
     after = weights(out)
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -91,15 +33,15 @@ def test_soft_moves_every_parameter_and_names_its_exits(tmp_path, model_dir, dat
 
 
 def test_sft_trains_full_depth_alone(tmp_path, model_dir, data):
-    out = train(options(model_dir, data, tmp_path / "out", exit_layers=None), sorted_exits=False)
+    out = train(options(model_dir, data, tmp_path / "out", exit_layers=None), "sft")
     assert "exit_layers" not in json.loads((out / "config.json").read_text())
     assert [key for key in losses(out)[0] if key.startswith("loss_exit")] == ["loss_exit_4"]
 
 
 def test_training_lowers_the_loss_of_every_exit(tmp_path, model_dir, data):
     before = evaluate_model(str(model_dir), [data], "1,3", seq_len=32)
-    steps = {"max_steps": 25, "lr": 3e-3, "distill": 0.5, "full_weight": 2.0}
-    out = train(options(model_dir, data, tmp_path / "out", **steps), sorted_exits=True)
+    steps = {"max_steps": 25, "lr": 3e-3, "objective": "distil:0.5+full:2"}
+    out = train(options(model_dir, data, tmp_path / "out", **steps), "soft")
     after = evaluate_model(str(out), [data], None, seq_len=32)
     assert [s.exit_layer for s in after.exits] == [1, 3, 4]
     for old, new in zip(before.exits, after.exits, strict=True):
@@ -107,13 +49,11 @@ def test_training_lowers_the_loss_of_every_exit(tmp_path, model_dir, data):
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, model_dir, data):
-    whole = train(
-        options(model_dir, data, tmp_path / "whole", max_steps=6, save_steps=3), sorted_exits=True
-    )
+    whole = train(options(model_dir, data, tmp_path / "whole", max_steps=6, save_steps=3), "soft")
     broken = tmp_path / "broken"
     shutil.copytree(whole / "checkpoints/checkpoint-3", broken / "checkpoints/checkpoint-3")
     resumed = train(
-        options(model_dir, data, broken, max_steps=6, save_steps=3, resume=True), sorted_exits=True
+        options(model_dir, data, broken, max_steps=6, save_steps=3, resume=True), "soft"
     )
     assert [row["loss"] for row in losses(resumed)] == [row["loss"] for row in losses(whole)]
     expected = weights(whole)
@@ -122,7 +62,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, model_dir, data
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path, model_dir, data, monkeypatch):
-    forward, calls = losses_module.exit_states, []
+    forward, calls = trainer_module.exit_states, []
 
     def interrupted(*args, **inputs):
         calls.append(1)
@@ -130,14 +70,14 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path, model_dir, data, monkeyp
             signal.raise_signal(signal.SIGINT)
         return forward(*args, **inputs)
 
-    monkeypatch.setattr(losses_module, "exit_states", interrupted)
+    monkeypatch.setattr(trainer_module, "exit_states", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(options(model_dir, data, tmp_path / "out"), sorted_exits=True)
+        train(options(model_dir, data, tmp_path / "out"), "soft")
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "out/model.safetensors").exists()
-    out = train(options(model_dir, data, tmp_path / "out", resume=True), sorted_exits=True)
-    whole = train(options(model_dir, data, tmp_path / "whole"), sorted_exits=True)
+    out = train(options(model_dir, data, tmp_path / "out", resume=True), "soft")
+    whole = train(options(model_dir, data, tmp_path / "whole"), "soft")
     assert [r["loss"] for r in losses(out)] == [r["loss"] for r in losses(whole)]
 
 
@@ -150,7 +90,7 @@ def test_gradient_accumulation_trains_the_same_model(tmp_path, model_dir, data):
         losses(
             train(
                 options(model_dir, ragged, tmp_path / f"m{m}", micro_batch=m, batch_size=8),
-                sorted_exits=True,
+                "soft",
             )
         )
         for m in (8, 4, 2)
@@ -257,7 +197,7 @@ def test_wrong_inputs_are_one_line_and_write_nothing(
 
 
 def test_a_second_run_does_not_mix_with_the_first(tmp_path, model_dir, data, monkeypatch, capsys):
-    out = train(options(model_dir, data, tmp_path / "out", max_steps=1), sorted_exits=True)
+    out = train(options(model_dir, data, tmp_path / "out", max_steps=1), "soft")
     before = weights(out)
     code, _, err = run(monkeypatch, capsys, "soft", model_dir, "--data", data, "--out", out)
     assert code == 2 and "--resume" in err

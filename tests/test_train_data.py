@@ -2,12 +2,15 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
 from adaptive_gen.errors import DataError
-from adaptive_gen.train.data import IGNORE, answer_only, collator, documents, load, pack
-from adaptive_gen.train.rows import Dialogue, Pair, Text, read_rows
+from adaptive_gen.train.data import answer_only, documents, load
+from adaptive_gen.train.packing import IGNORE, collator, stream
+from adaptive_gen.train.reading import read_rows
+from adaptive_gen.train.rows import Dialogue, Pair, Text
 from adaptive_gen.train.tokenizer import ASSISTANT, END, USER, train_bpe
 
 TEMPLATE = (
@@ -48,6 +51,19 @@ def learnt(example, tokenizer):
             Dialogue([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]),
         ),
         (
+            {"question": "2+2?", "answers": ["4", "four"]},
+            Dialogue([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Yo"},
+                ]
+            },
+            Dialogue([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]),
+        ),
+        (
             {"turns": [["a", "Hi"], ["b", "Yo"], ["b", "There"]]},
             Dialogue(
                 [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo\nThere"}]
@@ -77,6 +93,8 @@ def test_text_files_hold_documents(tmp_path, name):
         ('{"messages": [{"role": "user"}]}', "content"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "assistant"),
         ('{"turns": [["a"]]}', "turns"),
+        ('{"question": "2+2?", "answers": []}', "answers"),
+        ('{"conversations": [{"from": "human"}]}', "value"),
     ],
 )
 def test_a_bad_row_is_one_line_with_its_number(tmp_path, line, says):
@@ -85,6 +103,67 @@ def test_a_bad_row_is_one_line_with_its_number(tmp_path, line, says):
         list(read_rows(path))
     message = str(caught.value)
     assert "line 3" in message and says in message and "\n" not in message
+
+
+def test_bad_rows_are_named_and_skipped_up_to_a_number(tmp_path, byte_tokenizer, capsys):
+    lines = ['{"text": "one two"}', "{", '{"text": "three"}', '{"body": 1}', "[]"]
+    path = written(tmp_path / "d.jsonl", "\n".join(lines))
+    good = load([path], byte_tokenizer, 64, max_bad_rows=3)
+    shown = capsys.readouterr().err
+    assert good == load(
+        [written(tmp_path / "good.jsonl", f"{lines[0]}\n{lines[2]}")], byte_tokenizer, 64
+    )
+    for place in ("line 2", "line 4", "line 5"):
+        assert f"{path} {place}" in shown.replace("\n", "")
+    with pytest.raises(DataError, match=r"line 5.*3 bad rows; --max-bad-rows allows 2"):
+        load([path], byte_tokenizer, 64, max_bad_rows=2)
+    with pytest.raises(DataError, match="line 2"):
+        load([path], byte_tokenizer, 64)
+
+
+def test_bad_rows_are_counted_over_all_files(tmp_path, byte_tokenizer):
+    paths = [written(tmp_path / f"{i}.jsonl", '{"text": "good"}\n{') for i in range(2)]
+    assert load(paths, byte_tokenizer, 64, max_bad_rows=2)
+    with pytest.raises(DataError, match=r"1.jsonl line 2"):
+        load(paths, byte_tokenizer, 64, max_bad_rows=1)
+
+
+ALPACA = [{"instruction": "Add.", "input": "", "output": str(i)} for i in range(3)]
+
+
+def test_parquet_and_saved_data_sets_hold_the_same_rows(tmp_path):
+    pytest.importorskip("pyarrow")
+    datasets = pytest.importorskip("datasets")
+    expected = list(read_rows(written(tmp_path / "d.json", json.dumps(ALPACA))))
+    found = datasets.Dataset.from_list(ALPACA)
+    found.to_parquet(tmp_path / "d.parquet")
+    found.save_to_disk(tmp_path / "saved")
+    assert list(read_rows(tmp_path / "d.parquet")) == expected
+    assert list(read_rows(tmp_path / "saved")) == expected
+    datasets.DatasetDict({"train": found}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    for name in ("splits", "broken.parquet", "missing.parquet"):
+        with pytest.raises(DataError) as caught:
+            list(read_rows(tmp_path / name))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError) as caught:
+        list(read_rows(Path("hf:nobody/nothing:train")))
+    assert "nobody/nothing" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pyarrow", "datasets"])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, kind):
+    import sys
+
+    monkeypatch.setitem(sys.modules, kind, None)
+    monkeypatch.setitem(sys.modules, f"{kind}.parquet", None)
+    path = written(tmp_path / "d.parquet", "x") if kind == "pyarrow" else Path("hf:a/b")
+    with pytest.raises(DataError, match=r"pip install adaptive-gen\[data\]"):
+        list(read_rows(path))
 
 
 def test_files_that_cannot_be_read_say_so(tmp_path):
@@ -101,8 +180,8 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
 
 
 def test_packing_predicts_every_token_once():
-    stream = [list(range(i, i + 7)) for i in range(0, 70, 7)]
-    examples = list(pack(stream, 16))
+    texts = [list(range(i, i + 7)) for i in range(0, 70, 7)]
+    examples = list(stream(texts, 16))
     targets = [token for e in examples for token in e["labels"][1:]]
     assert targets == list(range(1, 70))
     assert all(len(e["input_ids"]) == 16 for e in examples[:-1])

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from adaptive_gen.errors import DataError, OptionError, OutputError
 
+from .reading import HUB
+
 CHECKPOINTS = "checkpoints"
 
 
 def check_data(paths: Sequence[Path]) -> None:
-    """Raise `DataError` unless there are files and all of them exist."""
+    """Raise `DataError` unless there is data and all files of it exist."""
     if not paths:
         raise DataError("no data: give --data FILE (MODEL comes before --data).")
     for path in paths:
-        if not path.is_file():
+        if not path.exists() and not str(path).startswith(HUB):
             raise DataError(f"no data file {path}; check the path.")
 
 
@@ -35,20 +37,25 @@ def check_writable(directory: Path) -> None:
 
 
 def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
-    """The last checkpoint of the run in `out`; None for a new run.
+    """The last checkpoint of the run in `out` that was written to its end; None for a new run.
 
     Raises:
         OptionError: nothing to resume, or a new run would mix with an old one's checkpoints.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.trainer_callback import TrainerState
 
     folder = out / CHECKPOINTS
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume and last is None:
+    whole = {}
+    for found in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes it last
+        try:
+            whole[TrainerState.load_from_json(str(found)).global_step] = found.parent
+        except (ValueError, TypeError):
+            continue
+    if resume and not whole:
         raise OptionError(f"nothing to resume: {folder} has no checkpoint; leave --resume away.")
-    if last and not resume:
+    if whole and not resume:
         raise OptionError(
             f"{folder} has another run's checkpoints: add --resume to go on, "
             "or choose another --out."
         )
-    return Path(last) if last else None
+    return whole[max(whole)] if whole else None

@@ -1,41 +1,57 @@
 """Rows -> training sequences: plain text packed without waste, answers learnt without prompts."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_gen.errors import DataError
+from adaptive_gen.errors import DataError, OptionError
 
-from .rows import Dialogue, Pair, Row, Text, read_rows
+from .packing import IGNORE, PACKINGS, Example, fill, stream
+from .reading import BadRows, read_rows
+from .rows import Dialogue, Pair, Text
 
-IGNORE = -100  # as in torch's cross-entropy
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
-Example = dict[str, list[int]]  # input_ids and labels, of equal length
 
-
-def load(paths: Sequence[Path], tokenizer: Any, seq_len: int, *, eos: bool = True) -> list[Example]:
+def load(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    seq_len: int,
+    *,
+    eos: bool = True,
+    packing: str = "stream",
+    max_bad_rows: int = 0,
+) -> list[Example]:
     """All rows of all files as training sequences.
 
     Args:
         paths: data files.
         tokenizer: of the model.
-        seq_len: longest sequence. Plain text fills sequences to the last token; an answer that does
-            not fit is cut.
+        seq_len: longest sequence; an answer that does not fit is cut.
         eos: whether documents of plain text end with the EOS token.
+        packing: see `packing.PACKINGS`.
+        max_bad_rows: broken rows to report and skip.
 
     Raises:
         DataError: a broken file, or no sequence with anything to learn.
+        OptionError: a packing that does not exist.
     """
-    rows = [row for path in paths for row in read_rows(path)]
-    texts = [row.text for row in rows if isinstance(row, Text)]
-    examples = list(pack(documents(texts, tokenizer, eos=eos), seq_len))
+    if packing not in PACKINGS:
+        raise OptionError(f"packing {packing!r} is unknown; give {' or '.join(PACKINGS)}.")
+    bad = BadRows(max_bad_rows)
+    rows = [row for path in paths for row in read_rows(path, bad)]
+    texts = documents([row.text for row in rows if isinstance(row, Text)], tokenizer, eos=eos)
+    answers = []
     for row in rows:
         if not isinstance(row, Text):
             example = answer_only(row, tokenizer)
             cut = {key: ids[:seq_len] for key, ids in example.items()}
             if any(label != IGNORE for label in cut["labels"][1:]):
-                examples.append(cut)
+                answers.append(cut)
+    if packing == "stream":
+        examples = [*stream(texts, seq_len), *answers]
+    else:
+        examples = list(fill(texts, answers, seq_len))
     if not examples:
         raise DataError(
             f"the data holds nothing to learn within {seq_len} tokens; "
@@ -74,22 +90,6 @@ def documents(texts: Sequence[str], tokenizer: Any, *, eos: bool = True) -> Iter
             if ends and ids[-1:] != [last]:
                 ids = [*ids, last]
             yield ids
-
-
-def pack(stream: Iterable[list[int]], seq_len: int) -> Iterator[Example]:
-    """Cut the joined documents into full sequences; only the last may be shorter.
-
-    The first token of a sequence is never predicted, so each starts with the last token of the one
-    before: every token of the stream is learnt once.
-    """
-    held: list[int] = []
-    for ids in stream:
-        held.extend(ids)
-        while len(held) >= seq_len:
-            yield {"input_ids": held[:seq_len], "labels": held[:seq_len]}
-            held = held[seq_len - 1 :]
-    if len(held) > 1:
-        yield {"input_ids": held, "labels": list(held)}
 
 
 def answer_only(row: Pair | Dialogue, tokenizer: Any) -> Example:
@@ -155,28 +155,3 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str
         "the tokenizer's chat template rewrites the prompt once the answer is there, so the answer "
         'cannot be told apart; give {"prompt", "completion"} rows.'
     )
-
-
-def collator(pad_id: int) -> Callable[[list[Example]], dict[str, Any]]:
-    """A function that pads a batch on the right; the mask is left out where nothing is padded."""
-    import torch
-
-    def collate(batch: list[Example]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in batch)
-        fill = {"input_ids": pad_id, "labels": IGNORE}
-        tensors = {
-            key: torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in batch])
-            for key, value in fill.items()
-        }
-        # No token precedes a sequence's first, so it is no target; saying so keeps the Trainer's
-        # count of targets right whichever of its counting rules applies.
-        tensors["labels"][:, 0] = IGNORE
-        lengths = torch.tensor([len(row["input_ids"]) for row in batch])
-        if int(lengths.min()) < longest:
-            tensors["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        return tensors
-
-    return collate
-
-
-__all__ = ["Example", "Row", "answer_only", "collator", "documents", "load", "pack", "texts_of"]

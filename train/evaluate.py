@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from adaptive_gen.confidence import margin
-from adaptive_gen.head import Head
-from adaptive_gen.losses import IGNORE, exit_states
+from adaptive_gen.losses import exit_states
+from adaptive_gen.readout import Readout
 
-from .data import Example, collator
+from .exit_heads import readouts
+from .packing import IGNORE, Example, collator
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluate(
         Means over tokens; full depth agrees with itself by definition.
     """
     model.eval()
-    head = Head(model)
+    ways = list(readouts(model, exit_layers).values())
     collate = collator(0)
     totals = torch.zeros(len(exit_layers), 3, dtype=torch.float64)
     tokens = 0
@@ -75,19 +76,19 @@ def evaluate(
         states = [s[:, :-1][keep] for s in exit_states(model, ids, exit_layers, **batch)]
         for begin in range(0, len(targets), chunk_size):
             part = slice(begin, begin + chunk_size)
-            totals += _chunk_scores(head, [s[part] for s in states], targets[part]).cpu()
+            totals += _chunk_scores(ways, [s[part] for s in states], targets[part]).cpu()
         tokens += len(targets)
     means = (totals / max(tokens, 1)).tolist()
     scores = (ExitScore(e, *map(float, m)) for e, m in zip(exit_layers, means, strict=True))
     return Evaluation(tokens, model.config.get_text_config().num_hidden_layers, tuple(scores))
 
 
-def _chunk_scores(head: Head, states: list[Tensor], targets: Tensor) -> Tensor:
+def _chunk_scores(ways: Sequence[Readout], states: list[Tensor], targets: Tensor) -> Tensor:
     """[exits, 3]: sums of cross-entropy, agreement and margin over one chunk of positions."""
-    full = head(states[-1]).argmax(-1)
+    full = ways[-1](states[-1]).argmax(-1)
     rows = []
-    for state in states:
-        logits = head(state).float()
+    for readout, state in zip(ways, states, strict=True):
+        logits = readout(state).float()
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         agree = (logits.argmax(-1) == full).sum()
         rows.append(torch.stack([loss, agree.float(), margin(logits).sum()]))

@@ -8,20 +8,23 @@ from typing import Any
 from adaptive_gen.errors import ModelError, OptionError
 
 
-def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(name: str, dtype: str = "float32", layers: int = 0) -> tuple[Any, Any]:
     """A saved causal LM and its tokenizer, safetensors only.
 
     Args:
         name: directory or hub id.
-        dtype: float32, bfloat16, float16 or auto.
+        dtype: float32, bfloat16, float16, auto, or mixed, whose weights are float32.
+        layers: how many layers to keep, the first ones; 0 keeps all.
 
     Raises:
         ModelError: missing, not a causal LM, or broken.
+        OptionError: a dtype that does not exist, or more layers than there are.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known["mixed"] = torch.float32
     if dtype != "auto" and dtype not in known:
         raise OptionError(f"dtype {dtype!r} is unknown; give {', '.join(known)} or auto.")
     folder = Path(name)
@@ -31,14 +34,33 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{name} has no config.json; give the directory of a saved causal LM.")
     try:
+        shape = AutoConfig.from_pretrained(name)
+        if layers:
+            keep_first(shape, layers)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=known.get(dtype, "auto"), use_safetensors=True
+            name, config=shape, dtype=known.get(dtype, "auto"), use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except OptionError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub raise their own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot load {name} as a causal LM: {lines[0].rstrip('.')}.") from error
     return model, tokenizer
+
+
+def keep_first(shape: Any, layers: int) -> None:
+    """Cut a model configuration down to its first layers; exits it names go with the rest."""
+    text = shape.get_text_config()
+    if not 1 <= layers <= text.num_hidden_layers:
+        raise OptionError(
+            f"--layers {layers}: the model has {text.num_hidden_layers}; give 1 to that."
+        )
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    if getattr(shape, "exit_layers", None):
+        shape.exit_layers = [e for e in shape.exit_layers if e < layers] + [layers]
 
 
 def new_tokenizer(texts: Iterable[str], shape: Any, vocab_size: int) -> Any:

@@ -1,18 +1,12 @@
-"""Training files -> rows: plain text, or a dialogue of which only some parts are learnt."""
+"""Rows of training data: plain text, or a dialogue of which only some parts are learnt."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_gen.errors import DataError
 
-SEPARATOR = "<|endoftext|>"
 SHAPES = (
-    '{"text"}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"messages"} '
-    'or {"turns"}'
+    '{"text"}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"messages"}, '
+    '{"question", "answers"}, {"conversations"} or {"turns"}'
 )
 
 
@@ -38,70 +32,6 @@ class Dialogue(NamedTuple):
 Row = Text | Pair | Dialogue
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file.
-
-    Args:
-        path: `.txt` (documents end with `<|endoftext|>`), `.jsonl` or `.json`, each also `.gz`.
-
-    Raises:
-        DataError: missing, unreadable, empty or broken; names the line.
-    """
-    name = path.name.removesuffix(".gz")
-    text = _read(path)
-    if name.endswith(".jsonl"):
-        rows = _lines(path, text)
-    elif name.endswith(".json"):
-        rows = _array(path, text)
-    else:
-        rows = (Text(part.strip()) for part in text.split(SEPARATOR) if part.strip())
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise DataError(f"{path} holds no rows; give a file with text in it.")
-
-
-def _read(path: Path) -> str:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise DataError(f"no data file {path}; check the path.") from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path}: {reason}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); give .txt, .jsonl or .json, "
-            "gzipped or not."
-        ) from None
-
-
-def _lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path} line {number} is not JSON: {error.msg} at column {error.colno}."
-                ) from None
-            yield to_row(value, f"{path} line {number}")
-
-
-def _array(path: Path, text: str) -> Iterator[Row]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}.") from None
-    if not isinstance(values, list):
-        raise DataError(f"{path} holds one {type(values).__name__}; give a JSON list of objects.")
-    for number, value in enumerate(values, start=1):
-        yield to_row(value, f"{path} item {number}")
-
-
 def to_row(value: Any, where: str) -> Row:
     """One JSON object as a row.
 
@@ -116,6 +46,8 @@ def to_row(value: Any, where: str) -> Row:
         raise DataError(f"{where} is a {type(value).__name__}, not an object; rows are {SHAPES}.")
     if "messages" in value:
         return _dialogue(value["messages"], where)
+    if "conversations" in value:
+        return _dialogue(_from_conversations(value["conversations"], where), where)
     if "turns" in value:
         return _dialogue(_from_turns(value["turns"], where), where)
     if "instruction" in value and "output" in value:
@@ -125,12 +57,23 @@ def to_row(value: Any, where: str) -> Row:
         return _dialogue(
             [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], where
         )
+    if "question" in value and ("answers" in value or "answer" in value):
+        return _question(value, where)
     if "prompt" in value and "completion" in value:
         return Pair(_string(value, "prompt", where), _string(value, "completion", where))
     if "text" in value:
         return Text(_string(value, "text", where))
     keys = ", ".join(map(str, value)) or "nothing"
     raise DataError(f"{where} has the keys {keys}; rows are {SHAPES}.")
+
+
+def _question(value: dict[str, Any], where: str) -> Dialogue:
+    """A question with one answer, or a list of which the first is learnt."""
+    answers = value["answers"] if "answers" in value else [value["answer"]]
+    if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
+        raise DataError(f"{where}: answers is not a list of strings with one in it.")
+    ask = {"role": "user", "content": _string(value, "question", where)}
+    return _dialogue([ask, {"role": "assistant", "content": answers[0]}], where)
 
 
 def _string(value: dict[str, Any], key: str, where: str) -> str:
@@ -153,6 +96,19 @@ def _from_turns(turns: Any, where: str) -> list[dict[str, str]]:
         else:
             messages.append({"role": role, "content": text})
     return messages
+
+
+def _from_conversations(turns: Any, where: str) -> list[dict[str, str]]:
+    """ShareGPT's `from` and `value`."""
+    roles = {"human": "user", "gpt": "assistant"}
+    if not isinstance(turns, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
+        for t in turns
+    ):
+        raise DataError(
+            f'{where}: conversations is not a list of {{"from", "value"}} with strings.'
+        )
+    return [{"role": str(roles.get(t["from"], t["from"])), "content": t["value"]} for t in turns]
 
 
 def _dialogue(messages: Any, where: str) -> Dialogue:

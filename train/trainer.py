@@ -1,56 +1,63 @@
 """SoFT on transformers' Trainer: only the loss and what is reported are its own."""
 
-import signal
-import sys
-import threading
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from adaptive_gen.losses import sorted_losses
+from adaptive_gen.losses import exit_states, exit_weights, score_exits
+from adaptive_gen.naming import Parts
+
+from .callbacks import Progress, StopOnInterrupt
+from .exit_heads import readouts
+from .objectives import Objective
+from .random_depth import Departures, layer_dropout, leaving
 
 
-class SoFTTrainer(Trainer):
-    """Trains all exits of every batch; plain fine-tuning is the case of full depth alone.
+@dataclass
+class Throughput:
+    """Tokens that went through this process, and the time from the first step to the last."""
 
-    Args:
-        exit_layers: counts of layers, full depth last.
-        distill: share of the divergence from full depth.
-        weights: exit layer -> weight.
-        chunk_size: positions whose logits exist at once.
-    """
+    tokens: int = 0
+    seconds: float = 0.0
 
-    # `sorted_losses` divides by the labels of the whole optimiser step.
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with the rate."""
+        return {**asdict(self), "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0}
+
+
+class SortedTraining:
+    """The sorted loss for a Trainer of transformers: put it before that class in the bases."""
+
+    # `score_exits` divides by the labels of the whole optimiser step.
     loss_is_scaled_for_ga = True
+    model: Any
+    accelerator: Any
+    state: Any
+    args: Any
 
-    def __init__(
-        self,
-        *args: Any,
-        exit_layers: Sequence[int],
-        distill: float = 0.0,
-        weights: Mapping[int, float] | None = None,
-        chunk_size: int = 1024,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
+    def sort(self, exit_layers: Sequence[int], objective: Objective, chunk_size: int) -> None:
+        """Say what is trained; call it once the Trainer is made.
+
+        Args:
+            exit_layers: counts of layers, full depth last.
+            objective: what a step minimises.
+            chunk_size: positions whose logits exist at once.
+        """
         self._bare: Any = self.model
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a step
-        self._sorted = {
-            "exit_layers": list(exit_layers),
-            "distill": distill,
-            "weights": weights,
-            "chunk_size": chunk_size,
-        }
+        self.exit_layers = tuple(exit_layers)
+        self.objective = objective
+        self.chunk_size = chunk_size
+        self.throughput = Throughput()
+        self._departures: Departures | None = None
         self._seen: dict[int, list[Any]] = defaultdict(list)
-        for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
-            self.remove_callback(noisy)
-        self.add_callback(Progress())
-        self._stop = StopOnInterrupt()
-        self.add_callback(self._stop)
 
     def compute_loss(
         self,
@@ -69,24 +76,51 @@ class SoFTTrainer(Trainer):
         DDP, FSDP and DeepSpeed gather weights and reduce gradients around `forward`, so every use
         of a weight, the LM head's at each exit too, has to happen inside it.
         """
-        self._bare.forward = self._forward
+        # accelerate binds a method it finds here to the model; a partial it leaves alone.
+        self._bare.forward = partial(self._forward)
+        started = time.perf_counter()
         try:
-            with self._stop:
-                return super().train(*args, **kwargs)
+            with self._depths():
+                return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
-            del self._bare.forward
+            self.throughput.seconds += time.perf_counter() - started
+            self._bare.__dict__.pop("forward", None)
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the training; a checkpoint of the last step is then on disk."""
-        return self._stop.asked
+    @contextmanager
+    def _depths(self) -> Iterator[None]:
+        """The random depths that the objective asks for, as long as the training lasts."""
+        parts, objective = Parts(self._bare), self.objective
+        with ExitStack() as stack:
+            if objective.dropout:
+                stack.enter_context(layer_dropout(list(parts.layers), objective.dropout))
+            if objective.propagated and len(self.exit_layers) > 1:
+                self._departures = stack.enter_context(
+                    leaving(parts.base, parts.layers, self.exit_layers, objective.propagated)
+                )
+            yield
 
-    def _forward(self, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+    def _forward(
+        self, input_ids: Any, labels: Any, num_items_in_batch: Any = None, **inputs: Any
+    ) -> Any:
         if num_items_in_batch is not None:  # gradients are averaged over processes, not summed
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
-        result = sorted_losses(
-            self._bare, **inputs, **self._sorted, num_items_in_batch=num_items_in_batch
+        weights = self.objective.weights(
+            self.exit_layers, self.state.global_step, self.state.max_steps, self.args.seed
         )
+        shares: Any = exit_weights(self.exit_layers, weights)
+        states = exit_states(self._bare, input_ids, self.exit_layers, **inputs)
+        if self._departures is not None:
+            shares = self._departures.shares(shares, self.exit_layers, self.objective.propagated)
+        result = score_exits(
+            readouts(self._bare, self.exit_layers),
+            states,
+            labels,
+            shares,
+            distil=self.objective.distil,
+            num_items_in_batch=num_items_in_batch,
+            chunk_size=self.chunk_size,
+        )
+        self.throughput.tokens += input_ids.numel()
         for exit_layer, value in result.per_exit.items():
             self._seen[exit_layer].append(value)
         return result.loss
@@ -97,71 +131,43 @@ class SoFTTrainer(Trainer):
             for exit_layer, values in sorted(self._seen.items()):
                 logs[f"loss_exit_{exit_layer}"] = round(float(sum(values)) / len(values), 4)
             self._seen.clear()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class Progress(TrainerCallback):
-    """A bar and log lines on stderr: stdout is for answers."""
+class SoFTTrainer(SortedTraining, Trainer):
+    """Trains all exits of every batch; plain fine-tuning is the case of full depth alone.
 
-    def __init__(self):
-        self.bar: Any = None
+    Args:
+        exit_layers: counts of layers, full depth last.
+        objective: what a step minimises.
+        chunk_size: positions whose logits exist at once.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar where a resumed run left it."""
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
+    def __init__(
+        self,
+        *args: Any,
+        exit_layers: Sequence[int],
+        objective: Objective | None = None,
+        chunk_size: int = 1024,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.sort(exit_layers, objective or Objective(), chunk_size)
+        sizes = [(p.numel(), p.requires_grad) for p in self._bare.parameters()]
+        self.parameters = sum(size for size, _ in sizes)
+        self.trained_parameters = sum(size for size, learns in sizes if learns)
+        for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
+            self.remove_callback(noisy)
+        self.add_callback(Progress())
+        self._stop = StopOnInterrupt()
+        self.add_callback(self._stop)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self.bar.update(state.global_step - self.bar.n)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the first Ctrl-C ends it with a checkpoint."""
+        with self._stop:
+            return super().train(*args, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One line: step, loss, and the loss of each exit."""
-        if not logs or "loss" not in logs:
-            return
-        exits = " ".join(
-            f"{key.removeprefix('loss_exit_')}:{value:.3f}"
-            for key, value in logs.items()
-            if key.startswith("loss_exit_")
-        )
-        line = f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f}"
-        self.bar.write(f"{line} | per exit {exits} | lr {logs['learning_rate']:.2e}", sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after its step, with a checkpoint; the second ends it now."""
-
-    def __init__(self):
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        sys.stderr.write(
-            "\nsaving a checkpoint; --resume goes on from it (Ctrl-C again: stop now)\n"
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the training; a checkpoint of the last step is then on disk."""
+        return self._stop.asked

@@ -14,7 +14,7 @@ adaptive_train sft --from-config "$recipes/builtin_config.json" --vocab-size 409
   --data "$run/data/train.txt" --out "$run/base" --seq-len 256 --batch-size 16 --micro-batch 8 \
   --lr 2.5e-3 --warmup 0.05 --max-steps 1250 --chunk-size 8192 --save-steps 100 --compile
 
-adaptive_train soft "$run/base" --exit-layers 3,6,9,12 --distill 0.6 --full-weight 2 \
+adaptive_train soft "$run/base" --exit-layers 3,6,9,12 --objective distil:0.6+full:2 \
   --data "$run/data/soft.txt" --out "$run/soft" --seq-len 512 --batch-size 8 --micro-batch 4 \
   --lr 1.5e-3 --warmup 0.04 --max-steps 750 --chunk-size 4096 --save-steps 75 --compile
 

@@ -1,0 +1,219 @@
+"""The comparison of Sorted LLaMA at a small scale: SFT, SFT+ICT, Extracted and SoFT at every exit.
+
+    python benchmarks/paper_tables.py --base runs/base --out runs/paper --exits 3,6,9,12 \
+        --instruct dolly.jsonl.gz --questions webquestions.jsonl --seeds 0 1 2
+
+For each task and seed, from one base: SFT; SFT+ICT (heads of the frozen SFT model, one more epoch);
+the first n layers fine-tuned alone, for each exit; SoFT. All see the same rows for the same number
+of epochs. One process, one thread. What is done is kept in --out: the same command goes on where it
+stopped. Writes tables.json and tables.md there.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import paper_report
+import torch
+from transformers.utils import logging
+
+from adaptive_gen.train.answering import answers, sub_model
+from adaptive_gen.train.checks import checkpoint_to_resume
+from adaptive_gen.train.config import TrainConfig
+from adaptive_gen.train.data import load
+from adaptive_gen.train.evaluate import evaluate
+from adaptive_gen.train.exit_heads import load_heads
+from adaptive_gen.train.metrics import exact_match, f1, rouge_l
+from adaptive_gen.train.models import load_model
+from adaptive_gen.train.reading import read_json_rows
+from adaptive_gen.train.run import fitting, train
+from adaptive_gen.train.saving import RECORD, write_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What --quick changes."""
+
+    rows: int  # of training data, per task
+    held_out: int  # rows for the loss
+    asked: int  # questions that are answered in writing
+    max_new_tokens: int
+    epochs: float
+
+
+QUICK = Plan(rows=300, held_out=60, asked=12, max_new_tokens=16, epochs=1)
+
+
+def main() -> None:
+    """Train what is missing, score what is missing, write the tables."""
+    options = arguments()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    plan = Plan(
+        options.rows, options.held_out, options.asked, options.max_new_tokens, options.epochs
+    )
+    plan = QUICK if options.quick else plan
+    exits = [int(e) for e in options.exits.split(",")]
+    tasks = {"instruct": options.instruct, "questions": options.questions}
+    results = []
+    for task, files in tasks.items():
+        if not files:
+            continue
+        data = prepare(task, files, options, plan)
+        for seed in options.seeds:
+            for row, model_dir in trained(task, seed, exits, data, options, plan):
+                results += scores(task, seed, row, model_dir, exits, data, plan)
+                paper_report.write(options.out, results, {**vars(options), "plan": plan})
+    sys.stdout.write((options.out / "tables.md").read_text(encoding="utf-8"))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", required=True, help="pretrained model to start from")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--exits", required=True, help="for example 3,6,9,12; full depth last")
+    parser.add_argument("--instruct", type=Path, nargs="*", default=[], help="instruction files")
+    parser.add_argument("--questions", type=Path, nargs="*", default=[], help="question files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--objective", default="uniform", help="of SoFT; the paper's is uniform")
+    parser.add_argument("--extract", help="exits to train alone; default: all but full depth")
+    parser.add_argument("--quick", action="store_true", help="minutes: few rows, one epoch")
+    parser.add_argument("--rows", type=int, default=4000, help="training rows per task")
+    parser.add_argument("--held-out", type=int, default=300)
+    parser.add_argument("--asked", type=int, default=100)
+    parser.add_argument("--max-new-tokens", type=int, default=50)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--ict-lr", type=float, default=5e-4)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    return parser.parse_args()
+
+
+def prepare(task: str, files: list[Path], options: argparse.Namespace, plan: Plan) -> dict:
+    """Split the task's rows once. -> the files of training rows and of held-out ones."""
+    folder = options.out / task
+    found = {name: folder / f"{name}.jsonl" for name in ("train", "test")}
+    if not all(path.is_file() for path in found.values()):
+        rows = [row for path in files for row in read_json_rows(path)]
+        rows = [row for row in rows if 0 < len(answers_of(row)[0]) <= 400]
+        random.Random(0).shuffle(rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        test, rest = rows[: plan.held_out], rows[plan.held_out :]
+        asked = {question_of(row) for row in test}  # no question stands on both sides
+        parts = {"train": [r for r in rest if question_of(r) not in asked][: plan.rows]}
+        for name, part in {**parts, "test": test}.items():
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            new = found[name].with_suffix(".new")
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, found[name])
+    return found
+
+
+def question_of(row: dict) -> str:
+    """What the user asks, as training writes it."""
+    if "question" in row:
+        return row["question"]
+    return "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
+
+
+def answers_of(row: dict) -> list[str]:
+    """The accepted answers; the first is the one that is learnt."""
+    if "question" in row:
+        return row.get("answers") or [row["answer"]]
+    return [row["output"]]
+
+
+def trained(
+    task: str, seed: int, exits: list[int], data: dict, options: argparse.Namespace, plan: Plan
+) -> Iterator[tuple[str, Path]]:
+    """(row of the table, directory of its model), trained unless it is there."""
+    folder = options.out / task / f"seed{seed}"
+    base = TrainConfig(
+        model=options.base,
+        data=[data["train"]],
+        seq_len=options.seq_len,
+        packing="documents",
+        batch_size=options.batch_size,
+        micro_batch=options.micro_batch,
+        epochs=plan.epochs,
+        lr=options.lr,
+        save_steps=100,
+        seed=seed,
+    )
+    inner = ",".join(map(str, exits))
+    alone = [int(e) for e in options.extract.split(",")] if options.extract else exits[:-1]
+    more = {"exit_layers": inner}
+    runs = {"sft": ("sft", {})}
+    runs["ict"] = ("ict", {**more, "model": str(folder / "sft"), "epochs": 1, "lr": options.ict_lr})
+    runs["soft"] = ("soft", {**more, "objective": options.objective})
+    runs.update({f"extract{n}": ("extract", {"layers": n}) for n in alone})
+    for row, (method, changes) in runs.items():
+        out = folder / row
+        if not (out / RECORD).is_file():
+            begun = any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+            config = replace(base, out=out, **changes)
+            if begun:
+                checkpoint_to_resume(out, True)
+            print(f"{task} seed {seed}: {row}", file=sys.stderr, flush=True)
+            train(replace(config, resume=begun), method)
+        yield row, out
+
+
+def scores(
+    task: str, seed: int, row: str, model_dir: Path, exits: list[int], data: dict, plan: Plan
+) -> list[dict]:
+    """One result per exit of one model, measured unless it is there."""
+    kept = model_dir / "scores.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    model, tokenizer = load_model(str(model_dir))
+    load_heads(model, model_dir)
+    depth = model.config.num_hidden_layers
+    layers = [depth] if row.startswith("extract") else exits
+    examples = load([data["test"]], tokenizer, fitting(512, model))
+    measured = evaluate(model, examples, layers)
+    # Held-out rows; of the questions also such that were trained on, as the paper scores recall.
+    asked = {name: read_json_rows(data[name]) for name in ("test", "train")}
+    asked = {name: list(rows)[: plan.asked] for name, rows in asked.items()}
+    if task == "instruct":
+        del asked["train"]
+    found = []
+    for score in measured.exits:
+        result = {
+            "task": task,
+            "seed": seed,
+            "row": "extract" if row.startswith("extract") else row,
+            "exit_layer": score.exit_layer,
+            "loss": score.loss,
+            "agreement": score.agreement,
+            "tokens": measured.tokens,
+        }
+        alone = sub_model(model, score.exit_layer)
+        for name, rows in asked.items():
+            said = answers(
+                alone,
+                tokenizer,
+                [question_of(r) for r in rows],
+                max_new_tokens=plan.max_new_tokens,
+            )
+            pairs = list(zip(said, map(answers_of, rows), strict=True))
+            if task == "instruct":
+                result["rouge_l"] = [rouge_l(a, accepted[0]) for a, accepted in pairs]
+            else:
+                result[f"exact_{name}"] = [exact_match(a, accepted) for a, accepted in pairs]
+                result[f"f1_{name}"] = [f1(a, accepted) for a, accepted in pairs]
+        found.append(result)
+    write_json(kept, found)
+    return found
+
+
+if __name__ == "__main__":
+    main()

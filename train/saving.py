@@ -1,0 +1,69 @@
+"""A trained model on disk, whole or not at all, with a record of how it came about."""
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .objectives import Objective
+
+RECORD = "training.json"
+
+
+def record(config: TrainConfig, method: str, objective: Objective, trainer: Any) -> dict[str, Any]:
+    """What a run did: its settings, its size and its speed, as plain values."""
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    return {
+        "method": method,
+        "objective": str(objective),
+        "exit_layers": list(trainer.exit_layers),
+        "parameters": trainer.parameters,
+        "trained_parameters": trainer.trained_parameters,
+        "steps": trainer.state.global_step,
+        **trainer.throughput.as_dict(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "settings": settings,
+    }
+
+
+def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
+    """Save beside the target and move file by file: a reader never sees half a model.
+
+    Args:
+        model: its exit heads, if it has any, go into a file of their own.
+        tokenizer: of the model.
+        out: the directory, made if need be.
+        notes: the record of the run.
+    """
+    from . import exit_heads
+
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = True  # the Trainer turned it off
+    with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as name:
+        folder = Path(name)
+        if hasattr(model, exit_heads.NAME):
+            exit_heads.save_heads(model, folder)
+            delattr(model, exit_heads.NAME)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / RECORD, notes)
+        # The record goes last: where it lies, all of the model does.
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):
+            file.chmod(0o644)  # safetensors writes for its owner alone
+            os.replace(file, out / file.name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(content, encoding="utf-8")
+    os.replace(new, path)
