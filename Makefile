@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/adaptive-gen bench --rounds 1 --max-new-tokens 64
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
