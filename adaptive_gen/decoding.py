@@ -25,7 +25,8 @@ from .audit import Auditor, GuardedPolicy
 from .drafting import Draft, DraftLength, confirm
 from .engine.backend import Backend
 from .engine.cache import KVCache
-from .engine.scheduler import Readout, Scheduler
+from .engine.rules import Readout
+from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
 from .resume import AdaptiveCache
 from .settings import Settings

@@ -15,7 +15,7 @@ from .calibration import Calibration, OperatingPoint
 from .confidence import Confidences
 from .decoder import Decoder
 from .engine.backend import Backend
-from .engine.scheduler import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
+from .engine.rules import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
 from .policy import ExitPolicy, FixedExit, ThresholdPolicy

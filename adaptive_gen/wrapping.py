@@ -13,7 +13,7 @@ from . import exits
 from . import gate as gates
 from .decoder import Decoder, probe
 from .engine.backend import Backend
-from .engine.scheduler import QUEUE_CAP
+from .engine.rules import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
 from .generate import AdaptiveMixin

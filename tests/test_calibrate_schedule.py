@@ -10,7 +10,8 @@ from driving import Sure, decode
 from adaptive_gen.calibrate.profile import Scripted, scripts, work
 from adaptive_gen.calibrate.schedule import simulate
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Rules, Scheduler
+from adaptive_gen.engine.rules import Rules
+from adaptive_gen.engine.scheduler import Scheduler
 
 EXITS = (2, 3, 5, 9)
 KV = ("recompute", "propagate")

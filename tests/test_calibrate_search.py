@@ -15,7 +15,8 @@ from adaptive_gen.calibrate.target import Target
 from adaptive_gen.calibrate.trace import Trace, padded
 from adaptive_gen.calibration import ConfidenceMap
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Rules, Scheduler
+from adaptive_gen.engine.rules import Rules
+from adaptive_gen.engine.scheduler import Scheduler
 from adaptive_gen.errors import OptionError, Unreachable
 
 IDENTITY = ConfidenceMap((0.0, 1.0), (0.0, 1.0))

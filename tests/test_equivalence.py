@@ -8,7 +8,8 @@ from families import FAMILIES, FUSED, WINDOW
 
 import adaptive_gen
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Rules, Scheduler
+from adaptive_gen.engine.rules import Rules
+from adaptive_gen.engine.scheduler import Scheduler
 from adaptive_gen.naming import Parts
 from adaptive_gen.settings import state
 

@@ -9,7 +9,8 @@ from driving import Sure, decode, prefill
 
 import adaptive_gen
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.scheduler import Rules, Scheduler
+from adaptive_gen.engine.rules import Rules
+from adaptive_gen.engine.scheduler import Scheduler
 from adaptive_gen.settings import state
 
 TOKENS = 10_000

@@ -17,8 +17,6 @@ Axes: `rows`, `time`, `hidden`, `vocab`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,47 +26,8 @@ from ..decoder import Decoder
 from ..policy import Check, ExitPolicy
 from .cache import KVCache
 from .queue import Queue, latest, newest
+from .rules import Readout, Row, Rules
 from .segment import Segment
-
-KV_POLICIES = ("recompute", "propagate")
-PREFILLS = ("full", "lazy")
-# Pending rows are nearly free until a pass stops being bound by reading weights: about 16 on a CPU.
-QUEUE_CAP = 16
-
-
-class Readout(NamedTuple):
-    """Rows that left at one layer, together."""
-
-    rows: tuple[int, ...]
-    logits: Tensor  # [rows, vocab]
-    exit_layer: int
-    confidences: list[float]  # what the policy was shown; nan at full depth, where nothing is asked
-    # Full-depth logits [drafts, vocab] of each row's tokens that had left since its last deep pass.
-    drafts: list[Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How tokens move through the queues."""
-
-    kv: str = "recompute"  # how skipped layers get their K/V, or "propagate"
-    queue_cap: int = QUEUE_CAP  # most tokens of a row that may wait in front of one segment
-    prefill: str = "full"  # "lazy": the prompt, too, goes deeper only when a token needs it
-    shallow_passes: int = 1  # runs of the first segment before rows that wait deeper get their turn
-    read_drafts: bool = False  # deep passes read out the pending tokens they catch up
-
-
-@dataclass
-class _Row:
-    """Where one text's newest token is."""
-
-    stage: int = -1  # the segment it waits in front of; -1: it has left, the next one is awaited
-    position: int = 0  # index, among the new tokens, of the token its readout chooses
-    prompt: int = 0  # tokens of the prompt
-    drafts: int = 0  # tokens that left early since the last deep pass
-    cap: int = QUEUE_CAP
-    deep: bool = False  # the newest token must go to the end
-    checks: tuple[Check, ...] = ()  # of the newest token, shallow to deep
 
 
 class Scheduler:
@@ -97,7 +56,7 @@ class Scheduler:
         self.policy, self.confidences = policy, confidences
         self.rules = rules or Rules()
         self.queues = [Queue(cache.batch) for _ in segments]
-        self.rows = [_Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
+        self.rows = [Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
         self.deep_passes = 0  # runs of the last segment while decoding
         self.caught_up = 0  # pending tokens that got the last segment's K/V
         self.layers_run = 0  # while decoding: layers whose weights were read, over all passes
