@@ -221,10 +221,13 @@ class TokenLoop:
             text.width += 1
             if other is None:
                 text.accepted += 1
-                self._confirm(text, draft.step, scores, raw)
+                step = draft.step
+                if self.config.output_scores:  # criteria may read them, and saw the exit's
+                    step = step._replace(last=self._stop([text], scores)[0])
+                self._confirm(text, step, scores, raw)
             else:
                 self._ids[text.row, text.width - 1] = other
-                (stops,) = self._stop([text])
+                (stops,) = self._stop([text], scores)
                 n_layers = self.scheduler.decoder.n_layers
                 self._confirm(text, Step(other, n_layers, math.nan, stops), scores, raw)
             if other is not None or text.finished:
@@ -251,11 +254,16 @@ class TokenLoop:
         self._processed = set(rows)
         if len(rows) == len(self.texts) or not self.logits_processor:
             return self.logits_processor(ids, logits), logits
-        # Some processors keep something for each row of the batch and tell rows by their place; the
-        # places of rows that are not here are taken by a copy of one that is.
-        at = {row: place for place, row in enumerate(rows)}
-        index = [at.get(text.row, 0) for text in self.texts]
+        index = self._filled(rows)
         return self.logits_processor(ids[index], logits[index])[rows], logits
+
+    def _filled(self, rows: list[int]) -> list[int]:
+        """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
+
+        Processors and criteria may keep something for each row and tell rows by their place.
+        """
+        at = {row: place for place, row in enumerate(rows)}
+        return [at.get(text.row, 0) for text in self.texts]
 
     def _seen(self, texts: list[_Text]) -> Tensor:
         """The ids [rows, time] of equally long texts."""
@@ -275,7 +283,10 @@ class TokenLoop:
         shown = None
         if self.config.output_scores and scores is not None and len(self.texts) == 1:
             shown = (*texts[0].scores, scores)
-        return self.stopping_criteria(self._seen(texts), shown).tolist()
+        ids, rows = self._seen(texts), [text.row for text in texts]
+        if len(rows) == len(self.texts):
+            return self.stopping_criteria(ids, shown).tolist()
+        return self.stopping_criteria(ids[self._filled(rows)], shown)[rows].tolist()
 
     def _confirm(self, text: _Text, step: Step, scores: Tensor, logits: Tensor) -> None:
         text.steps.append(step)
@@ -336,7 +347,7 @@ class TokenLoop:
         start = self._prompts.shape[1]
         longest = max(len(text.steps) for text in self.texts)  # 0 before anything is decoded
         ids = self._ids[:, : start + longest].clone()
-        pad = self.config.pad_token_id
+        pad = self.config._pad_token_tensor  # the end token where the config names no other
         for text in self.texts:
             ids[text.row, start + len(text.steps) :] = 0 if pad is None else int(pad)
         return ids

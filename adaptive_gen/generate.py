@@ -5,19 +5,22 @@ overrides `_sample`: transformers' `generate` prepares inputs, logits processors
 and the generation config as always, and our loop takes over where its loop would start.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .decoding import TokenLoop
 from .errors import OptionError
+from .refusals import check_arguments, check_processors
 from .resume import AdaptiveCache
 from .settings import resolve, state
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import PreTrainedModel
 
     class _CausalLM(PreTrainedModel, GenerationMixin):
         """Any of transformers' causal LMs, for the type checker."""
@@ -42,6 +45,12 @@ class LoopHandover(BaseStreamer):
 class AdaptiveMixin(_CausalLM):
     """What `wrap` puts in front of a model's own class."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse by name what `adaptive` cannot honour; the rest is transformers'."""
+        check_arguments(self, *args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[reportAttributeAccessIssue]
+
     def _sample(
         self,
         input_ids: Tensor,
@@ -63,7 +72,13 @@ class AdaptiveMixin(_CausalLM):
                 streamer=streamer,
                 **model_kwargs,
             )
+        if synced_gpus:  # transformers decides for it by itself where a model is sharded
+            check_arguments(self, adaptive=True, synced_gpus=True)
         lengths = _prompt_lengths(input_ids, model_kwargs)
+        settings = resolve(generation_config, state(self), rows=len(lengths))
+        check_processors(
+            logits_processor, len(lengths) == 1 and not (settings.lossless or settings.audit)
+        )
         handover = isinstance(streamer, LoopHandover)
         if streamer is not None and len(lengths) > 1:
             raise OptionError(
@@ -72,7 +87,7 @@ class AdaptiveMixin(_CausalLM):
             )
         loop = TokenLoop(
             state(self).backend,
-            resolve(generation_config, state(self), rows=len(lengths)),
+            settings,
             generation_config,
             input_ids,
             lengths,
@@ -90,41 +105,11 @@ class AdaptiveMixin(_CausalLM):
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
     ) -> None:
-        """Refuse by name, before anything runs, what adaptive decoding cannot honour."""
+        """Check the adaptive settings before anything runs."""
         if getattr(generation_config, "adaptive", None):
-            _refuse(generation_config, generation_mode_kwargs)
             resolve(generation_config, state(self))
         super()._validate_generation_mode(  # type: ignore[reportAttributeAccessIssue]
             generation_mode, generation_config, generation_mode_kwargs
-        )
-
-
-def _refuse(config: Any, mode_kwargs: dict[str, Any]) -> None:
-    asked = {
-        "num_beams": (config.num_beams or 1) > 1,
-        "assistant_model": mode_kwargs.get("assistant_model") is not None,
-        "synced_gpus": bool(mode_kwargs.get("synced_gpus")),
-        "use_cache=False": config.use_cache is False,
-        **{
-            name: getattr(config, name, None) not in (None, False)
-            for name in (
-                "prompt_lookup_num_tokens",
-                "assistant_early_exit",
-                "use_mtp",
-                "penalty_alpha",
-                "constraints",
-                "force_words_ids",
-                "cache_implementation",
-                "output_attentions",
-                "output_hidden_states",
-            )
-        },
-    }
-    refused = [name for name, is_asked in asked.items() if is_asked]
-    if refused:
-        raise OptionError(
-            f"adaptive=True cannot honour {', '.join(refused)}: it decodes greedily or by sampling "
-            "with its own cache. Leave that out, or leave adaptive out."
         )
 
 
@@ -147,8 +132,6 @@ def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int
         OptionError: an empty prompt, holes in the attention mask, other positions than 0, 1, 2,
             ..., or inputs besides tokens.
     """
-    if input_ids.shape[1] == 0:
-        raise OptionError("the prompt is empty; give at least one token, such as the BOS token.")
     known = {
         "attention_mask",
         "position_ids",
@@ -171,7 +154,10 @@ def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int
             "Leave that out, or leave adaptive out."
         )
     rows, width = input_ids.shape
+    if width == 0:
+        raise OptionError("the prompt is empty; give at least one token, such as the BOS token.")
     mask = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask != 0  # it may come as floats
     lengths = [width] * rows if mask is None else mask.sum(-1).tolist()
     if min(lengths) == 0:
         raise OptionError("the attention mask hides a whole prompt; give it at least one token.")
