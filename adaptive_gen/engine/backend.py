@@ -8,7 +8,8 @@ from torch import nn
 
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
-from . import fused
+from .fused import FusedModel
+from .fusing import Unfit, fuse, segment
 from .segment import Segment, module_segments
 
 ENGINES = ("auto", "fused", "module")
@@ -40,7 +41,7 @@ class Backend:
         self.name, self.reason = "module", ""
         self._signature: Any = None
         self._cause = ""
-        self._fused: fused.FusedModel | None = None
+        self._fused: FusedModel | None = None
         self._segments: dict[tuple[int, int], Segment] = {}
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class Backend:
     def _fused_segment(self, start: int, stop: int) -> Segment:
         assert self._fused is not None
         if (start, stop) not in self._segments:
-            self._segments[start, stop] = fused.segment(self._fused, start, stop)
+            self._segments[start, stop] = segment(self._fused, start, stop)
         return self._segments[start, stop]
 
     def _unfit(self) -> str:
@@ -91,7 +92,7 @@ class Backend:
         if signature != self._signature:
             self._fused, self._segments, self._signature = None, {}, signature
             try:
-                self._fused = fused.fuse(self.decoder)
-            except fused.Unfit as error:
+                self._fused = fuse(self.decoder)
+            except Unfit as error:
                 self._cause = str(error)
         return "" if self._fused is not None else self._cause

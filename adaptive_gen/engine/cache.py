@@ -5,7 +5,7 @@ shallow layers only; it gets the deep ones when it is caught up or propagated. A
 every layer in text order, so the number a layer holds is also the position its next token takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,11 @@ class Span:
     def stop(self) -> int:
         """One more than the largest position in the block, filling included."""
         return max(self.starts) + self.time
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """What each row holds afterwards."""
+        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
 
     @cached_property
     def even(self) -> bool:
@@ -81,6 +86,7 @@ class KVCache:
         self.lengths: list[tuple[int, ...]] = [(0,) * batch] * n_layers
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
+        self._whole: Tensor | None = None  # the buffer that all of these are views of, if they are
 
     def span(
         self, layer_idx: int, counts: Sequence[int], rows: tuple[int, ...] | None = None
@@ -119,6 +125,29 @@ class KVCache:
         self._lengthen(layer_idx, span)
         return self._put(keys, key, span), self._put(values, value, span)
 
+    def writer(
+        self, start: int, stop: int, span: Span, like: Tensor
+    ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+        """`write` for one block in layers `start`..`stop`, where all layers have K/V `like` these.
+
+        What `write` does is mostly making views, and making those of many layers takes little more
+        time than those of one.
+        """
+        if span.rows is not None or not span.even:
+            return lambda key, value, layer_idx: self.write(key, value, layer_idx, span)
+        whole = self._whole_with_room(like, span.stop)[start:stop].flatten(0, 1)
+        places = whole.narrow(3, span.starts[0], span.time).unbind()
+        seen = whole.narrow(3, 0, span.stop).unbind()
+
+        def write(key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+            of_keys, of_values = 2 * (layer_idx - start), 2 * (layer_idx - start) + 1
+            places[of_keys].copy_(key)
+            places[of_values].copy_(value)
+            self.lengths[layer_idx] = span.stops
+            return seen[of_keys], seen[of_values]
+
+        return write
+
     def _put(self, buffer: Tensor, block: Tensor, span: Span) -> Tensor:
         """Write the block and return the span's rows of the buffer, up to its last token."""
         if span.rows is None and span.even:
@@ -135,15 +164,17 @@ class KVCache:
         return seen if span.rows is None else seen.index_select(0, rows)
 
     def _lengthen(self, layer_idx: int, span: Span) -> None:
-        stops = [start + count for start, count in zip(span.starts, span.counts, strict=True)]
+        stops = span.stops
         if span.rows is not None:
             changed = dict(zip(span.rows, stops, strict=True))
-            stops = [changed.get(row, held) for row, held in enumerate(self.lengths[layer_idx])]
-        self.lengths[layer_idx] = tuple(stops)
+            held = enumerate(self.lengths[layer_idx])
+            stops = tuple(changed.get(row, length) for row, length in held)
+        self.lengths[layer_idx] = stops
 
     def _with_room(self, buffer: Tensor | None, block: Tensor, length: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= length:
             return buffer
+        self._whole = None
         self.capacity = max(self.capacity, 1 << (length - 1).bit_length())
         _, heads, _, head_dim = block.shape
         # Zeros, because a masked value still meets its weight of 0, and 0 * nan is nan.
@@ -151,6 +182,21 @@ class KVCache:
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer
         return grown
+
+    def _whole_with_room(self, like: Tensor, length: int) -> Tensor:
+        """The buffers of all layers as one, [layers, 2, batch, kv_heads, capacity, head_dim]."""
+        if self._whole is not None and self._whole.shape[4] >= length:
+            return self._whole
+        self.capacity = max(self.capacity, 1 << (length - 1).bit_length())
+        _, heads, _, head_dim = like.shape
+        shape = len(self.lengths), 2, self.batch, heads, self.capacity, head_dim
+        self._whole = whole = like.new_zeros(shape)
+        for part, buffers in enumerate((self._keys, self._values)):
+            for layer, held in enumerate(buffers):
+                if held is not None:
+                    whole[layer, part, :, :, : held.shape[2]] = held
+            buffers[:] = whole[:, part].unbind()
+        return whole
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by one layer's fullest row; the name transformers' layers may ask by."""
@@ -172,6 +218,7 @@ class KVCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row but these, which are numbered anew in the order given."""
+        self._whole = None
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:

@@ -1,0 +1,143 @@
+"""Preparing a model for the back end `fused`: its weights side by side, scaled and laid out.
+
+Whether a model has the shape that `fused` computes is decided by comparison with the module back
+end, not by its name.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoder import Decoder
+from .cache import KVCache
+from .fused import FusedModel, FusedSegment, Layer
+from .positions import SLIDING
+
+
+class Unfit(Exception):
+    """Why a model cannot be run by this back end; the message is for the user."""
+
+
+def segment(model: FusedModel, start: int, stop: int) -> FusedSegment:
+    """The segment of layers `start`..`stop`, with its K/V matrices stacked for `store`."""
+    first = model.heads * model.head_dim  # queries come first and are not needed
+    layers = model.layers[start:stop]
+    stack = torch.cat([layer.qkv[:, first:] for layer in layers], dim=1)
+    biases = [layer.qkv_bias for layer in layers if layer.qkv_bias is not None]
+    bias = torch.cat([b[first:] for b in biases]) if biases else None
+    return FusedSegment(model, start, stop, (faster_order(stack), bias))
+
+
+def fuse(decoder: Decoder) -> FusedModel:
+    """Prepare a decoder's layers.
+
+    Raises:
+        Unfit: they are not of the shape computed here, or on a device or in a dtype it is not for.
+    """
+    layers: Any = list(decoder.layers)
+    weight = next(layers[0].parameters())
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        raise Unfit(
+            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs"
+        )
+    if decoder.positions.rotary_by_type:
+        raise Unfit("its rotary embeddings differ by layer")
+    if decoder.config._attn_implementation not in ("sdpa", "eager"):
+        raise Unfit(f"{decoder.config._attn_implementation} makes its own masks")
+    try:
+        first = layers[0].self_attn
+        kv_heads = first.k_proj.out_features // first.head_dim
+        model = FusedModel(
+            decoder=decoder,
+            layers=[_layer(decoder, i, layer) for i, layer in enumerate(layers)],
+            heads=first.q_proj.out_features // first.head_dim,
+            kv_heads=kv_heads,
+            head_dim=first.head_dim,
+            floor=_floor(layers[0].input_layernorm, weight),
+            qk_floor=_floor(getattr(first, "q_norm", None), weight),
+        )
+        _compare(model)
+    except (AttributeError, RuntimeError) as error:
+        raise Unfit(f"its layers are of another shape ({error})") from None
+    return model
+
+
+def _floor(norm: Any, like: Tensor) -> Tensor:
+    """The least that a norm of this size divides by; see `FusedModel`."""
+    least = 0.0 if norm is None else math.sqrt(norm.weight.numel() * norm.variance_epsilon)
+    return like.new_tensor(least)
+
+
+def _gain(norm: Any) -> Tensor:
+    """A norm's gain with the factor that `normed` leaves out."""
+    return norm.weight * math.sqrt(norm.weight.numel())
+
+
+def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    for module in linears:
+        if type(module) is not nn.Linear:
+            kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+            raise Unfit(f"it has {kind} in place of a linear layer")
+    if any(m.bias is not None for m in linears[4:]):
+        raise Unfit("its MLP has biases")
+    scale = attention.scaling
+    input_gain, mlp_gain = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
+    q, k, v = (m.weight * input_gain for m in linears[:3])
+    biases = [m.bias for m in linears[:3]]
+    gain = None
+    if hasattr(attention, "q_norm"):
+        heads = q.shape[0] // attention.head_dim, k.shape[0] // attention.head_dim
+        q_gain, k_gain = _gain(attention.q_norm) * scale, _gain(attention.k_norm)
+        gain = torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)])
+    else:
+        q = q * scale
+        biases[0] = None if biases[0] is None else biases[0] * scale
+    sliding = decoder.positions.layer_types[index] == SLIDING
+    return Layer(
+        qkv=faster_order(torch.cat([q, k, v]).t()),
+        qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
+        qk_gain=gain,
+        out=faster_order(linears[3].weight.t()),
+        out_bias=linears[3].bias,
+        gate_up=faster_order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),
+        down=faster_order(linears[6].weight.t()),
+        window=decoder.positions.window if sliding else None,
+    )
+
+
+def faster_order(matrix: Tensor) -> Tensor:
+    """The [in, out] `matrix` in the memory order in which one row is multiplied sooner here."""
+    by_column, by_row = matrix.t().contiguous().t(), matrix.contiguous()
+    row = matrix.new_ones(1, matrix.shape[0])
+
+    def seconds(candidate: Tensor) -> float:
+        clock = time.perf_counter()
+        torch.mm(row, candidate)
+        return time.perf_counter() - clock
+
+    trials = [(seconds(by_column), seconds(by_row)) for _ in range(7)]
+    best = [min(times) for times in zip(*trials, strict=True)]
+    return by_row if best[1] < best[0] else by_column
+
+
+def _compare(model: FusedModel) -> None:
+    """Raise `Unfit` unless random tokens come out as the module back end gives them."""
+    decoder = model.decoder
+    caches = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
+    whole = segment(model, 0, decoder.n_layers)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (1, 10), generator=generator)
+    for part in ids.split([5, 1, 3, 1], dim=1):
+        hidden = decoder.embed(part, caches[1].lengths[0])
+        ours = whole.run(hidden, caches[0])
+        theirs = decoder.run(hidden, 0, decoder.n_layers, caches[1])
+        tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5
+        difference = float((ours - theirs).abs().max())
+        if not difference <= tolerance:
+            raise Unfit(f"its layers compute something else (they differ by {difference:.2g})")
