@@ -8,7 +8,6 @@ only a draft until full depth confirms it.
 Axes: `rows`, `time`, `vocab`.
 """
 
-import copy
 import math
 import time
 from collections import Counter
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from .audit import Auditor, GuardedPolicy
@@ -30,23 +28,9 @@ from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
 from .resume import AdaptiveCache
 from .settings import Settings
+from .texts import Text, Texts, equally_wide
 
 _MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
-
-
-class _Text:
-    """One row's text while it grows."""
-
-    def __init__(self, row: int, width: int, draft_length: DraftLength | None):
-        self.row, self.width = row, width  # its row of the ids, and how much of that is text
-        self.place = row  # its row in the scheduler, which forgets finished ones
-        self.draft_length = draft_length
-        self.steps: list[Step] = []
-        self.drafts: list[Draft] = []  # the text's last tokens, not yet confirmed or audited
-        self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
-        self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
-        self.finished = False
-        self.drafted = self.accepted = 0
 
 
 class TokenLoop:
@@ -79,11 +63,9 @@ class TokenLoop:
             past: what an earlier generation left, for one row.
         """
         self.config, self.settings = config, settings
-        self.logits_processor = _with_prefixes_of_real_rows(logits_processor, self)
-        self.stopping_criteria, self.streamer = stopping_criteria, streamer
-        self._prompts, self._lengths = input_ids, list(lengths)
+        self.streamer, self._lengths = streamer, list(lengths)
         room = max(1, min((config.max_length or 0) - input_ids.shape[1], _MOST_ROOM))
-        self._ids = torch.nn.functional.pad(input_ids, (0, room))
+        self.texts = Texts(input_ids, room, config, logits_processor, stopping_criteria)
         policy = settings.policy
         guard = (
             None if settings.audit_floor is None else GuardedPolicy(policy, settings.audit_floor)
@@ -101,19 +83,15 @@ class TokenLoop:
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None
-        self.texts = [self._text(row) for row in range(len(lengths))]
-        self._open = list(self.texts)  # those still growing, in the scheduler's order
-        self._processed: set[int] = set()
+        self._open = list(self.texts.rows)  # those still growing, in the scheduler's order
+        if settings.lossless:
+            self._limit_drafts()
         self.prefill_s = self.decode_s = 0.0
 
     @property
     def finished(self) -> bool:
         """Whether every text has ended."""
         return not self._open
-
-    def processes(self, row: int) -> bool:
-        """Whether a row of the batch, and not a copy of another in its place, is processed now."""
-        return row in self._processed
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
@@ -124,7 +102,7 @@ class TokenLoop:
             readout = self.scheduler.step()
             if readout is None:
                 continue
-            first = any(not text.steps for text in self.texts)
+            first = any(not text.steps for text in self.texts.rows)
             steps = self._settle(readout)
             self._count(time.perf_counter() - clock, first)
             yield from steps
@@ -133,20 +111,19 @@ class TokenLoop:
             self.streamer.end()
 
     def _prefill(self) -> None:
-        width, held = self._prompts.shape[1], self.scheduler.cache.lengths[0]
+        width, held = self.texts.prompts.shape[1], self.scheduler.cache.lengths[0]
         counts = [length - h for length, h in zip(self._lengths, held, strict=True)]
-        prompts = self._prompts.new_zeros(len(counts), max(counts))
+        prompts = self.texts.prompts.new_zeros(len(counts), max(counts))
         for row, count in enumerate(counts):
-            prompts[row, :count] = self._prompts[row, width - count :]
+            prompts[row, :count] = self.texts.prompts[row, width - count :]
         self.scheduler.prefill(prompts, counts)
 
-    def _text(self, row: int) -> _Text:
-        length = None
-        if self.settings.lossless:
-            scheduler, layers = self.scheduler, self.settings.exit_layers
-            length = DraftLength(layers[0] / layers[-1], self.settings.rules.queue_cap)
-            scheduler.rows[row].cap = length.length
-        return _Text(row, self._prompts.shape[1], length)
+    def _limit_drafts(self) -> None:
+        """Let every row draft as much as is worth it, as far as that is known."""
+        shallow = self.settings.exit_layers[0] / self.settings.exit_layers[-1]
+        for text, row in zip(self._open, self.scheduler.rows, strict=True):
+            text.draft_length = DraftLength(shallow, self.settings.rules.queue_cap)
+            row.cap = text.draft_length.length
 
     def _settle(self, readout: Readout) -> list[Step]:
         """Turn rows that left into text and feed what comes next; return the tokens now certain."""
@@ -158,24 +135,24 @@ class TokenLoop:
             stood = [self._judge(text, logits) for text, logits in judged]
             # A row whose draft fell has its next token already: the one in the draft's place.
             places = [place for place in places if stood[place]]
-        for group in _equally_wide(texts, places):
+        for group in equally_wide(texts, places):
             self._choose([texts[place] for place in group], readout, group)
         self._judge_ends([text for text in texts if text.drafts and text.drafts[-1].step.last])
         self._feed(texts)
         return [step for text, n in zip(texts, done, strict=True) for step in text.steps[n:]]
 
-    def _choose(self, texts: list[_Text], readout: Readout, places: list[int]) -> None:
+    def _choose(self, texts: list[Text], readout: Readout, places: list[int]) -> None:
         """Pick the next token of equally long texts from the readout's logits at `places`."""
         every = len(places) == len(readout.rows)
         logits = readout.logits if every else readout.logits[places]
-        scores, logits = self._process(texts, logits)
+        scores, logits = self.texts.process(texts, logits)
         chances = scores.softmax(-1) if self.config.do_sample else None
         if chances is not None:
             tokens = torch.multinomial(chances, num_samples=1)[:, 0]
         else:
             tokens = scores.argmax(-1)
-        self._append(texts, tokens)
-        stops = self._stop(texts, scores)
+        self.texts.append(texts, tokens)
+        stops = self.texts.stop(texts, scores)
         early = readout.exit_layer < self.scheduler.decoder.n_layers
         for i, (text, token) in enumerate(zip(texts, tokens.tolist(), strict=True)):
             step = Step(token, readout.exit_layer, readout.confidences[places[i]], stops[i])
@@ -189,7 +166,7 @@ class TokenLoop:
                 self._auditor.count(readout.exit_layer, True)
             self._confirm(text, step, scores[i : i + 1], logits[i : i + 1])
 
-    def _judge_ends(self, texts: list[_Text]) -> None:
+    def _judge_ends(self, texts: list[Text]) -> None:
         """Confirm texts that end with a draft: nothing would come after it to take it deeper."""
         if not texts or not self.settings.lossless:
             return
@@ -198,7 +175,7 @@ class TokenLoop:
         for text, logits in zip(texts, read, strict=True):
             self._judge(text, logits)
 
-    def _judge(self, text: _Text, logits: Tensor) -> bool:
+    def _judge(self, text: Text, logits: Tensor) -> bool:
         """Compare a text's drafts with full depth's logits [drafts, vocab].
 
         Returns:
@@ -211,7 +188,7 @@ class TokenLoop:
         for i, draft in enumerate(drafts):
             # Processors see the text as it was when the draft was made.
             text.width = end - len(drafts) + i
-            scores, raw = self._process([text], logits[i : i + 1])
+            scores, raw = self.texts.process([text], logits[i : i + 1])
             if not self.settings.lossless:
                 assert self._auditor is not None
                 self._auditor.count(draft.step.exit_layer, int(scores.argmax()) == draft.top)
@@ -223,11 +200,11 @@ class TokenLoop:
                 text.accepted += 1
                 step = draft.step
                 if self.config.output_scores:  # criteria may read them, and saw the exit's
-                    step = step._replace(last=self._stop([text], scores)[0])
+                    step = step._replace(last=self.texts.stop([text], scores)[0])
                 self._confirm(text, step, scores, raw)
             else:
-                self._ids[text.row, text.width - 1] = other
-                (stops,) = self._stop([text], scores)
+                self.texts.ids[text.row, text.width - 1] = other
+                (stops,) = self.texts.stop([text], scores)
                 n_layers = self.scheduler.decoder.n_layers
                 self._confirm(text, Step(other, n_layers, math.nan, stops), scores, raw)
             if other is not None or text.finished:
@@ -241,54 +218,12 @@ class TokenLoop:
             self._relearn(text, len(drafts), len(drafts))
         return True
 
-    def _relearn(self, text: _Text, stood: int, judged: int) -> None:
+    def _relearn(self, text: Text, stood: int, judged: int) -> None:
         assert text.draft_length is not None
         cap = text.draft_length.observe(stood, judged)
         self.scheduler.rows[text.place].cap = cap
 
-    def _process(self, texts: list[_Text], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
-        # Processors may write in place, and transformers shows them float32 whatever the model's.
-        logits = logits.to(self._ids.device, torch.float32, copy=True)
-        ids, rows = self._seen(texts), [text.row for text in texts]
-        self._processed = set(rows)
-        if len(rows) == len(self.texts) or not self.logits_processor:
-            return self.logits_processor(ids, logits), logits
-        index = self._filled(rows)
-        return self.logits_processor(ids[index], logits[index])[rows], logits
-
-    def _filled(self, rows: list[int]) -> list[int]:
-        """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
-
-        Processors and criteria may keep something for each row and tell rows by their place.
-        """
-        at = {row: place for place, row in enumerate(rows)}
-        return [at.get(text.row, 0) for text in self.texts]
-
-    def _seen(self, texts: list[_Text]) -> Tensor:
-        """The ids [rows, time] of equally long texts."""
-        ids = self._ids[:, : texts[0].width]
-        return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
-
-    def _append(self, texts: list[_Text], tokens: Tensor) -> None:
-        width = texts[0].width
-        if width == self._ids.shape[1]:
-            self._ids = torch.nn.functional.pad(self._ids, (0, width))
-        self._ids[[text.row for text in texts], width] = tokens
-        for text in texts:
-            text.width += 1
-
-    def _stop(self, texts: list[_Text], scores: Tensor | None = None) -> list[bool]:
-        """Whether each of equally long texts ends as it stands."""
-        shown = None
-        if self.config.output_scores and scores is not None and len(self.texts) == 1:
-            shown = (*texts[0].scores, scores)
-        ids, rows = self._seen(texts), [text.row for text in texts]
-        if len(rows) == len(self.texts):
-            return self.stopping_criteria(ids, shown).tolist()
-        return self.stopping_criteria(ids[self._filled(rows)], shown)[rows].tolist()
-
-    def _confirm(self, text: _Text, step: Step, scores: Tensor, logits: Tensor) -> None:
+    def _confirm(self, text: Text, step: Step, scores: Tensor, logits: Tensor) -> None:
         text.steps.append(step)
         text.finished = step.last
         if self.config.output_scores:
@@ -298,7 +233,7 @@ class TokenLoop:
         if self.streamer is not None:
             self.streamer.put(torch.tensor([step.token]))
 
-    def _feed(self, texts: list[_Text]) -> None:
+    def _feed(self, texts: list[Text]) -> None:
         """Let finished texts go and give the others' last tokens to the scheduler."""
         if any(text.finished for text in texts):
             staying = [row for row, text in enumerate(self._open) if not text.finished]
@@ -310,7 +245,7 @@ class TokenLoop:
         growing = [text for text in texts if not text.finished]
         if growing:
             rows = tuple(text.place for text in growing)
-            last = [self._ids[text.row, text.width - 1] for text in growing]
+            last = [self.texts.ids[text.row, text.width - 1] for text in growing]
             self.scheduler.feed(rows, torch.stack(last)[:, None])
 
     def _count(self, seconds: float, first: bool) -> None:
@@ -321,7 +256,7 @@ class TokenLoop:
 
     def report(self) -> Report:
         """The account of what has been decoded so far."""
-        depths = [step.exit_layer for text in self.texts for step in text.steps]
+        depths = [step.exit_layer for text in self.texts.rows for step in text.steps]
         n_layers = self.scheduler.decoder.n_layers
         mean_depth = sum(depths) / len(depths) if depths else float(n_layers)
         return Report(
@@ -334,69 +269,35 @@ class TokenLoop:
             caught_up=self.scheduler.caught_up,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
-            drafted=sum(text.drafted for text in self.texts),
-            accepted=sum(text.accepted for text in self.texts),
+            drafted=sum(text.drafted for text in self.texts.rows),
+            accepted=sum(text.accepted for text in self.texts.rows),
             audit=self._auditor.result(len(depths)) if self._auditor else None,
             engine=self.engine,
-            rows=len(self.texts),
+            rows=len(self.texts.rows),
             layers_run=self.scheduler.layers_run,
         )
 
-    def sequences(self) -> Tensor:
-        """Prompts and new tokens, [rows, time], padded behind the end of each row."""
-        start = self._prompts.shape[1]
-        longest = max(len(text.steps) for text in self.texts)  # 0 before anything is decoded
-        ids = self._ids[:, : start + longest].clone()
-        pad = self.config._pad_token_tensor  # the end token where the config names no other
-        for text in self.texts:
-            ids[text.row, start + len(text.steps) :] = 0 if pad is None else int(pad)
-        return ids
-
     def cache(self) -> AdaptiveCache | None:
         """What the next generation can start from, if this was one text."""
-        if len(self.texts) > 1 or not self.texts[0].steps:
+        if len(self.texts.rows) > 1 or not self.texts.rows[0].steps:
             return None
-        text = self.texts[0]
-        start, stop = self._prompts.shape[1], self._prompts.shape[1] + len(text.steps)
-        return AdaptiveCache(self.scheduler, self._ids[0, start - self._lengths[0] : stop].clone())
+        text = self.texts.rows[0]
+        start, stop = self.texts.prompts.shape[1], self.texts.prompts.shape[1] + len(text.steps)
+        return AdaptiveCache(
+            self.scheduler, self.texts.ids[0, start - self._lengths[0] : stop].clone()
+        )
 
     def output(self) -> AdaptiveOutput:
         """The result in transformers' form."""
-        steps = [text.steps for text in self.texts]
+        steps = [text.steps for text in self.texts.rows]
         exits = [torch.tensor([step.exit_layer for step in row]) for row in steps]
         confidences = [torch.tensor([step.confidence for step in row]) for row in steps]
         return AdaptiveOutput(
-            sequences=self.sequences(),  # type: ignore[arg-type]
-            scores=self._by_step("scores") if self.config.output_scores else None,  # type: ignore[arg-type]
-            logits=self._by_step("logits") if self.config.output_logits else None,  # type: ignore[arg-type]
+            sequences=self.texts.sequences(),  # type: ignore[arg-type]
+            scores=self.texts.by_step("scores") if self.config.output_scores else None,  # type: ignore[arg-type]
+            logits=self.texts.by_step("logits") if self.config.output_logits else None,  # type: ignore[arg-type]
             past_key_values=self.cache(),  # type: ignore[arg-type]
             exit_layers=pad_sequence(exits, batch_first=True),
             confidences=pad_sequence(confidences, batch_first=True, padding_value=math.nan),
             report=self.report(),
         )
-
-    def _by_step(self, name: str) -> tuple[Tensor, ...]:
-        """Kept tensors as transformers orders them: a [rows, vocab] per step, 0 behind an end."""
-        rows = [torch.cat(getattr(text, name)) for text in self.texts]
-        return tuple(pad_sequence(rows, batch_first=True).unbind(1))
-
-
-def _equally_wide(texts: list[_Text], places: list[int]) -> list[list[int]]:
-    """`places` grouped by the width of the text there, so that a group's ids are one tensor."""
-    groups: dict[int, list[int]] = {}
-    for place in places:
-        groups.setdefault(texts[place].width, []).append(place)
-    return list(groups.values())
-
-
-def _with_prefixes_of_real_rows(processors: Any, loop: TokenLoop) -> Any:
-    """The processors, the user asked for allowed prefixes of rows that are really there only."""
-    own = copy.copy(processors)
-    for i, processor in enumerate(own):
-        if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed, beams = processor._prefix_allowed_tokens_fn, processor._num_beams
-            own[i] = PrefixConstrainedLogitsProcessor(
-                lambda row, ids, allowed=allowed: allowed(row, ids) if loop.processes(row) else [0],
-                beams,
-            )
-    return own

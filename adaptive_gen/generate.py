@@ -45,7 +45,7 @@ class LoopHandover(BaseStreamer):
 class AdaptiveMixin(_CausalLM):
     """What `wrap` puts in front of a model's own class."""
 
-    @functools.wraps(GenerationMixin.generate)
+    @functools.wraps(GenerationMixin.generate)  # type: ignore[reportAttributeAccessIssue]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse by name what `adaptive` cannot honour; the rest is transformers'."""
         check_arguments(self, *args, **kwargs)
@@ -100,7 +100,9 @@ class AdaptiveMixin(_CausalLM):
             return loop
         for _ in loop:
             pass
-        return loop.output() if generation_config.return_dict_in_generate else loop.sequences()
+        return (
+            loop.output() if generation_config.return_dict_in_generate else loop.texts.sequences()
+        )
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]

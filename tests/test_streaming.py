@@ -79,7 +79,7 @@ def test_messages_go_through_the_chat_template(model, byte_tokenizer):
     stream = adaptive_gen.stream(
         model, byte_tokenizer, [{"role": "user", "content": "Hi"}], threshold=0.5, max_new_tokens=3
     )
-    assert byte_tokenizer.decode(stream._loop.sequences()[0]) == "<Hi>:"
+    assert byte_tokenizer.decode(stream._loop.texts.sequences()[0]) == "<Hi>:"
 
 
 def test_an_empty_prompt_is_refused(model, byte_tokenizer):

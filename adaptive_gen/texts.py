@@ -1,0 +1,139 @@
+"""The texts of a batch while they grow: their ids, and what processes them and ends them.
+
+Rows are as wide as what is known of them, drafts included; only equally wide rows are one tensor.
+Axes: `rows`, `time`, `vocab`.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+
+from .drafting import Draft, DraftLength
+from .report import Step
+
+
+class Text:
+    """One row's text while it grows."""
+
+    def __init__(self, row: int, width: int):
+        """Start with the prompt, `width` ids of row `row` of the batch."""
+        self.row, self.width = row, width  # its row of the ids, and how much of that is text
+        self.place = row  # its row in the scheduler, which forgets finished ones
+        self.draft_length: DraftLength | None = None  # where exits only draft
+        self.steps: list[Step] = []
+        self.drafts: list[Draft] = []  # the text's last tokens, not yet confirmed or audited
+        self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
+        self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
+        self.finished = False
+        self.drafted = self.accepted = 0
+
+
+class Texts:
+    """All rows of a batch."""
+
+    def __init__(
+        self, prompts: Tensor, room: int, config: Any, logits_processor: Any, criteria: Any
+    ):
+        """Start with the prompts.
+
+        Args:
+            prompts: [rows, time] as given, with any left padding.
+            room: new tokens to make room for at first.
+            config: transformers' prepared generation config.
+            logits_processor: transformers' list, called with [rows, time] ids and [rows, vocab]
+                float32.
+            criteria: transformers' list of stopping criteria.
+        """
+        self.prompts, self.config = prompts, config
+        self.criteria = criteria
+        self.logits_processor = self._with_prefixes_of_real_rows(logits_processor)
+        self.ids = torch.nn.functional.pad(prompts, (0, room))
+        self.rows = [Text(row, prompts.shape[1]) for row in range(len(prompts))]
+        self._processed: set[int] = set()
+
+    def process(self, texts: list[Text], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
+        # Processors may write in place, and transformers shows them float32 whatever the model's.
+        logits = logits.to(self.ids.device, torch.float32, copy=True)
+        ids, rows = self.seen(texts), [text.row for text in texts]
+        self._processed = set(rows)
+        if len(rows) == len(self.rows) or not self.logits_processor:
+            return self.logits_processor(ids, logits), logits
+        index = self._filled(rows)
+        return self.logits_processor(ids[index], logits[index])[rows], logits
+
+    def _filled(self, rows: list[int]) -> list[int]:
+        """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
+
+        Processors and criteria may keep something for each row and tell rows by their place.
+        """
+        at = {row: place for place, row in enumerate(rows)}
+        return [at.get(text.row, 0) for text in self.rows]
+
+    def seen(self, texts: list[Text]) -> Tensor:
+        """The ids [rows, time] of equally long texts."""
+        ids = self.ids[:, : texts[0].width]
+        return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
+
+    def append(self, texts: list[Text], tokens: Tensor) -> None:
+        """Write the next token [rows] of each of equally long texts."""
+        width = texts[0].width
+        if width == self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, width))
+        self.ids[[text.row for text in texts], width] = tokens
+        for text in texts:
+            text.width += 1
+
+    def stop(self, texts: list[Text], scores: Tensor | None = None) -> list[bool]:
+        """Whether each of equally long texts ends as it stands."""
+        shown = None
+        if self.config.output_scores and scores is not None and len(self.rows) == 1:
+            shown = (*texts[0].scores, scores)
+        ids, rows = self.seen(texts), [text.row for text in texts]
+        if len(rows) == len(self.rows):
+            return self.criteria(ids, shown).tolist()
+        return self.criteria(ids[self._filled(rows)], shown)[rows].tolist()
+
+    def sequences(self) -> Tensor:
+        """Prompts and new tokens, [rows, time], padded behind the end of each row."""
+        start = self.prompts.shape[1]
+        longest = max(len(text.steps) for text in self.rows)  # 0 before anything is decoded
+        ids = self.ids[:, : start + longest].clone()
+        pad = self.config._pad_token_tensor  # the end token where the config names no other
+        for text in self.rows:
+            ids[text.row, start + len(text.steps) :] = 0 if pad is None else int(pad)
+        return ids
+
+    def by_step(self, name: str) -> tuple[Tensor, ...]:
+        """Kept tensors as transformers orders them: a [rows, vocab] per step, 0 behind an end."""
+        rows = [torch.cat(getattr(text, name)) for text in self.rows]
+        return tuple(pad_sequence(rows, batch_first=True).unbind(1))
+
+    def _with_prefixes_of_real_rows(self, processors: Any) -> Any:
+        """The processors, the user asked for allowed prefixes of rows that are really there only.
+
+        What stands in the place of another row is a copy.
+        """
+        own = copy.copy(processors)
+        for i, processor in enumerate(own):
+            if isinstance(processor, PrefixConstrainedLogitsProcessor):
+                asked = processor._prefix_allowed_tokens_fn
+
+                def allowed(row: int, ids: Tensor, asked: Any = asked) -> list[int]:
+                    return asked(row, ids) if row in self._processed else [0]
+
+                own[i] = PrefixConstrainedLogitsProcessor(allowed, processor._num_beams)
+        return own
+
+
+def equally_wide(texts: Sequence[Text], places: list[int]) -> list[list[int]]:
+    """`places` grouped by the width of the text there, so that a group's ids are one tensor."""
+    groups: dict[int, list[int]] = {}
+    for place in places:
+        groups.setdefault(texts[place].width, []).append(place)
+    return list(groups.values())
