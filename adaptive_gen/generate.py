@@ -45,7 +45,7 @@ class LoopHandover(BaseStreamer):
 class AdaptiveMixin(_CausalLM):
     """What `wrap` puts in front of a model's own class."""
 
-    @functools.wraps(GenerationMixin.generate)
+    @functools.wraps(GenerationMixin.generate)  # type: ignore[reportAttributeAccessIssue]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse by name what `adaptive` cannot honour; the rest is transformers'."""
         check_arguments(self, *args, **kwargs)
