@@ -167,7 +167,11 @@ NO_EFFECT = {
     "logits_to_keep": 0,
     "trust_remote_code": True,
 }
-RECORDS = {"_from_model_config", "transformers_version"}  # about the configuration itself
+RECORDS = {
+    "_from_model_config",
+    "_commit_hash",
+    "transformers_version",
+}  # about the configuration itself
 CONFIG = GenerationConfig()
 KEYWORDS = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
 # Later releases of transformers have some of the fields.
