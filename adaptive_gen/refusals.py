@@ -66,8 +66,8 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
         OptionError: `adaptive` is asked for, and so is something of `REFUSED`; or it is not, and
             the cache of an adaptive generation is given.
     """
-    generate: Any = getattr(GenerationMixin, "generate")  # noqa: B009 -- for the type checker
-    bound = inspect.signature(generate).bind_partial(model, *args, **kwargs)
+    signature = inspect.signature(GenerationMixin.generate)  # type: ignore[reportAttributeAccessIssue]
+    bound = signature.bind_partial(model, *args, **kwargs)
     arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     configs = (arguments.get("generation_config"), model.generation_config)
 
