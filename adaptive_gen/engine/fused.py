@@ -177,6 +177,20 @@ class FusedSegment:
             write(key, value, self.start + i)
 
 
+@dataclass(frozen=True)
+class FusedReadout:
+    """The final norm and the LM head of a `Decoder`."""
+
+    head: Tensor  # [hidden, vocab]
+    floor: Tensor  # of the norm; see `FusedModel`
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
+        size = hidden.new_empty(len(hidden), 1)
+        return torch.mm(normed(hidden, self.floor, size, torch.empty_like(hidden)), self.head)
+
+
 def normed(x: Tensor, floor: Tensor, size: Tensor, out: Tensor) -> Tensor:
     """Root-mean-square norm of rows [n, hidden] without its factor (see `FusedModel`)."""
     torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=size)
