@@ -109,6 +109,14 @@ class Decoder:
         """
         return self._head(self._parts.norm(hidden))
 
+    @property
+    def plain_readout(self) -> tuple[Any, Any] | None:
+        """Final norm and LM head, where `readout` is the one after the other and nothing else."""
+        norm = self._parts.final_norm
+        if norm is None or self._parts.project_out is not None or not self._head.plain:
+            return None
+        return norm, self._head.linear
+
     def normed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., hidden] as the LM head sees them: through the final norm."""
         return self._parts.norm(hidden)

@@ -80,6 +80,7 @@ class TokenLoop:
             guard or policy,
             settings.confidences,
             settings.rules,
+            backend.readout(),
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None

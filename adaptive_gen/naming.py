@@ -138,21 +138,29 @@ class Parts:
         return module(position_ids)
 
     @property
+    def final_norm(self) -> Any:
+        """The module between the last layer and the LM head; OPT 350M has none."""
+        return getattr(self.base, self._names["norm"])
+
+    @property
+    def project_out(self) -> Any:
+        """What OPT 350M has in the final norm's place."""
+        return getattr(self.base, "project_out", None)
+
+    @property
     def readout_norm(self) -> nn.Module:
         """What `norm` does, as one module with its parameters."""
-        norm = getattr(self.base, self._names["norm"])
-        projection = getattr(self.base, "project_out", None)
-        if norm is not None and projection is None:
-            return norm
-        return nn.Sequential(*(module for module in (norm, projection) if module is not None))
+        if self.final_norm is not None and self.project_out is None:
+            return self.final_norm
+        parts = (self.final_norm, self.project_out)
+        return nn.Sequential(*(module for module in parts if module is not None))
 
     def norm(self, hidden: Tensor) -> Tensor:
         """What happens between the last layer and the LM head, to [..., hidden]."""
-        norm = getattr(self.base, self._names["norm"])
-        if norm is not None:  # OPT 350M has none
-            hidden = norm(hidden)
-        if getattr(self.base, "project_out", None) is not None:
-            hidden = self.base.project_out(hidden)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
         return hidden
 
     def call(

@@ -6,6 +6,8 @@ import torch
 from families import FAMILIES, FUSED
 
 import adaptive_gen
+from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.errors import ModelError, OptionError
 from adaptive_gen.settings import state
 
@@ -77,6 +79,62 @@ def test_changed_weights_are_used(tiny_llama):
     expected = model.generate(PROMPT, **settings)
     ours = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_readout_follows_changed_weights_and_hooks(tiny_llama, tied):
+    model = adaptive_gen.wrap(tiny_llama(tie_word_embeddings=tied))
+    backend = state(model).backend
+    hidden = torch.randn(3, model.config.hidden_size)
+
+    def fused():
+        backend.segments(state(model).exit_layers)
+        readout = backend.readout()
+        torch.testing.assert_close(readout(hidden), backend.decoder.readout(hidden))
+        return readout != backend.decoder.readout
+
+    assert fused()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+        model.lm_head.weight.mul_(-2)
+    assert fused()
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: out + 1)
+    assert not fused()
+    handle.remove()
+    assert fused()
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_the_fused_readout_is_the_models(family):
+    model = adaptive_gen.wrap(families.make(family))
+    backend = state(model).backend
+    backend.segments(state(model).exit_layers)
+    hidden = torch.randn(3, model.config.get_text_config().hidden_size)
+    torch.testing.assert_close(backend.readout()(hidden), backend.decoder.readout(hidden))
+
+
+def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_llama):
+    """The back ends take turns on one cache, which grows and drops rows in between."""
+    backends = [
+        Backend(state(adaptive_gen.wrap(tiny_llama().double())).backend.decoder, engine)
+        for engine in ("fused", "module")
+    ]
+    fused, module = (backend.segments([2, 4]) for backend in backends)
+    n_layers = backends[0].decoder.n_layers
+    ids = torch.arange(3, 43).reshape(2, 20)
+    mixed, expected = (KVCache(n_layers, capacity=4, batch=2) for _ in range(2))
+    for step, part in enumerate(ids.split([1, 7, 1, 1, 9, 1], dim=1)):
+        if step == 4:
+            mixed.keep([1])
+            expected.keep([1])
+        part = part[-mixed.batch :]
+        ours = theirs = backends[0].decoder.embed(part)
+        for a, b in zip(module if step % 3 == 1 else fused, module, strict=True):
+            ours, theirs = a.run(ours, mixed), b.run(theirs, expected)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for layer in range(4):
+        for a, b in zip(mixed.keys_values(layer), expected.keys_values(layer), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_propagation_runs_no_layer_when_fused(tiny_llama):

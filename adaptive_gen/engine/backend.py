@@ -1,15 +1,15 @@
 """Which back end runs a model's segments, and its prepared weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
-from .fused import FusedModel
-from .fusing import Unfit, fuse, segment
+from .fused import FusedModel, FusedReadout
+from .fusing import Unfit, fuse, fuse_readout, segment
 from .segment import Segment, module_segments
 
 ENGINES = ("auto", "fused", "module")
@@ -20,6 +20,15 @@ MOST_COPIED_BYTES = 2 << 30
 def _hooked(module: Any) -> bool:
     """Whether calling the module does more than its class says; accelerate has hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+def _size(weights: Sequence[Any]) -> int:
+    return sum(w.numel() * w.element_size() for w in weights)
+
+
+def _signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
+    """Changes when weights were trained, merged or moved since, so that new copies are needed."""
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
 class Backend:
@@ -43,6 +52,8 @@ class Backend:
         self._cause = ""
         self._fused: FusedModel | None = None
         self._segments: dict[tuple[int, int], Segment] = {}
+        self._readout_signature: Any = None
+        self._readout: FusedReadout | None = None
 
     @torch.no_grad()
     def segments(self, exit_layers: Sequence[int]) -> list[Segment]:
@@ -65,11 +76,28 @@ class Backend:
             for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
         ]
 
+    @torch.no_grad()
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states [rows, hidden] -> logits [rows, vocab], for the latest segments."""
+        parts = self.decoder.plain_readout
+        if self.name == "module" or parts is None or any(map(_hooked, parts)):
+            return self.decoder.readout
+        weights = [getattr(module, "weight", None) for module in parts]
+        if any(type(w) is not nn.Parameter for w in weights) or self._too_large(weights):
+            return self.decoder.readout
+        signature = _signature(weights)
+        if signature != self._readout_signature:
+            self._readout, self._readout_signature = fuse_readout(*parts), signature
+        return self._readout or self.decoder.readout
+
     def _fused_segment(self, start: int, stop: int) -> Segment:
         assert self._fused is not None
         if (start, stop) not in self._segments:
             self._segments[start, stop] = segment(self._fused, start, stop)
         return self._segments[start, stop]
+
+    def _too_large(self, weights: Sequence[Any]) -> bool:
+        return self.engine == "auto" and _size(weights) > MOST_COPIED_BYTES
 
     def _unfit(self) -> str:
         """Why `fused` cannot run the model as it is now; empty if it can."""
@@ -84,11 +112,9 @@ class Backend:
         quantised = {type(w).__name__ for w in weights if type(w) is not nn.Parameter}
         if quantised:
             return f"its weights are no plain tensors but {', '.join(sorted(quantised))}"
-        size = sum(w.numel() * w.element_size() for w in weights)
-        if self.engine == "auto" and size > MOST_COPIED_BYTES:
-            return f"copies of its layers would take {size / 2**30:.1f} GiB"
-        # Weights that were trained, merged or moved since need new copies.
-        signature = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if self._too_large(weights):
+            return f"copies of its layers would take {_size(weights) / 2**30:.1f} GiB"
+        signature = _signature(weights)
         if signature != self._signature:
             self._fused, self._segments, self._signature = None, {}, signature
             try:

@@ -40,8 +40,8 @@ class FusedModel:
     """Prepared copies of a decoder's layers.
 
     A root-mean-square norm is `x / hypot(|x|, sqrt(size * eps))` times the square root of the size,
-    which is folded into the weights with the gain: three cheap operations, a quarter of the time of
-    `F.rms_norm`.
+    which is folded into the weights with the gain: three cheap operations, measured at a quarter of
+    the time of the textbook's five.
     """
 
     decoder: Decoder
@@ -175,6 +175,20 @@ class FusedSegment:
         write = cache.writer(self.start, self.stop, span, keys[0])
         for i, (key, value) in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
             write(key, value, self.start + i)
+
+
+@dataclass(frozen=True)
+class FusedReadout:
+    """The final norm and the LM head of a `Decoder`."""
+
+    head: Tensor  # [hidden, vocab]
+    floor: Tensor  # of the norm; see `FusedModel`
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
+        size = hidden.new_empty(len(hidden), 1)
+        return torch.mm(normed(hidden, self.floor, size, torch.empty_like(hidden)), self.head)
 
 
 def normed(x: Tensor, floor: Tensor, size: Tensor, out: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..decoder import Decoder
 from .cache import KVCache
-from .fused import FusedModel, FusedSegment, Layer
+from .fused import FusedModel, FusedReadout, FusedSegment, Layer
 from .positions import SLIDING
 
 
@@ -63,6 +63,16 @@ def fuse(decoder: Decoder) -> FusedModel:
     except (AttributeError, RuntimeError) as error:
         raise Unfit(f"its layers are of another shape ({error})") from None
     return model
+
+
+def fuse_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
+    """Prepare a root-mean-square norm and the head behind it; None if the norm is another."""
+    if not hasattr(norm, "variance_epsilon"):
+        return None
+    readout = FusedReadout(faster_order((head.weight * _gain(norm)).t()), _floor(norm, head.weight))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, head.in_features, generator=generator, dtype=head.weight.dtype)
+    return readout if _difference(readout(hidden), head(norm(hidden))) is None else None
 
 
 def _floor(norm: Any, like: Tensor) -> Tensor:
@@ -137,7 +147,13 @@ def _compare(model: FusedModel) -> None:
         hidden = decoder.embed(part, caches[1].lengths[0])
         ours = whole.run(hidden, caches[0])
         theirs = decoder.run(hidden, 0, decoder.n_layers, caches[1])
-        tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5
-        difference = float((ours - theirs).abs().max())
-        if not difference <= tolerance:
+        difference = _difference(ours, theirs)
+        if difference is not None:
             raise Unfit(f"its layers compute something else (they differ by {difference:.2g})")
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float | None:
+    """By how much two results differ; None if it is rounding."""
+    tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5
+    difference = float((ours - theirs).abs().max())
+    return None if difference <= tolerance else difference

@@ -16,7 +16,7 @@ Axes: `rows`, `time`, `hidden`, `vocab`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Scheduler:
         policy: ExitPolicy,
         confidences: Confidences,
         rules: Rules | None = None,
+        readout: Callable[[Tensor], Tensor] | None = None,
     ):
         """Set up empty queues.
 
@@ -51,10 +52,12 @@ class Scheduler:
             policy: asked at the end of every segment but the last.
             confidences: what the policy is shown.
             rules: how tokens move.
+            readout: what gives logits [rows, vocab]; None is the decoder's own.
         """
         self.decoder, self.segments, self.cache = decoder, segments, cache
         self.policy, self.confidences = policy, confidences
         self.rules = rules or Rules()
+        self.readout = readout or decoder.readout
         self.queues = [Queue(cache.batch) for _ in segments]
         self.rows = [Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
         self.deep_passes = 0  # runs of the last segment while decoding
@@ -200,7 +203,7 @@ class Scheduler:
             logits = None
             confidences = self.confidences.of_hidden(self.decoder.normed(hidden), exit_layer)
         else:
-            logits = self.decoder.readout(hidden)
+            logits = self.readout(hidden)
             confidences = self.confidences(logits, exit_layer)
         leaving = []  # places among those asked
         for place, (i, confidence) in enumerate(
@@ -213,7 +216,7 @@ class Scheduler:
         if not leaving:
             return None
         if logits is None:
-            logits = self.decoder.readout(_pick(hidden, leaving))
+            logits = self.readout(_pick(hidden, leaving))
         else:
             logits = _pick(logits, leaving)
         left = tuple(rows[asked[place]] for place in leaving)
@@ -237,7 +240,7 @@ class Scheduler:
         def own() -> Tensor:
             if logits is not None:
                 return logits[place : place + 1]
-            return self.decoder.readout(hidden[place : place + 1])
+            return self.readout(hidden[place : place + 1])
 
         return Check(
             exit_layer,
@@ -256,7 +259,7 @@ class Scheduler:
             logits = torch.stack([part[-1] for part in read])
             drafts = [part[:-1] for part in read]
         else:
-            logits = self.decoder.readout(newest(out, counts))
+            logits = self.readout(newest(out, counts))
         for i in rows:
             self.rows[i].stage, self.rows[i].drafts = -1, 0
         return Readout(rows, logits, self.decoder.n_layers, [math.nan] * len(rows), drafts)
@@ -266,7 +269,7 @@ class Scheduler:
     ) -> list[Tensor]:
         """Logits of each row's drafts [drafts + newest_too, vocab] in the last segment's output."""
         wanted = [self.rows[i].drafts + newest_too for i in rows]
-        return list(self.decoder.readout(latest(out, counts, wanted)).split(wanted))
+        return list(self.readout(latest(out, counts, wanted)).split(wanted))
 
     def _must_go_on(self, index: int, row: int) -> bool:
         """Whether a row must not leave: its queue in front of segment `index` is too full."""
