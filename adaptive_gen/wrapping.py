@@ -76,19 +76,24 @@ def wrap(
         calibration = artefact.load(calibration)
     if calibration is not None:
         _check_fit(calibration, decoder.n_layers)
+    if exit_layers is None and calibration is not None:
+        exit_layers = calibration.exit_layers
     if exit_layers is None:
         exit_layers = getattr(decoder.config, "exit_layers", None)
-        if calibration is not None:
-            exit_layers = calibration.exit_layers
-    normalised = exits.normalise(
-        exit_layers or exits.quarter_points(decoder.n_layers), decoder.n_layers
-    )
+    exit_layers = exit_layers or exits.quarter_points(decoder.n_layers)
+    normalised = exits.normalise(exit_layers, decoder.n_layers)
     probe(model, decoder)
     backend = Backend(decoder, engine)
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
     attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
     if calibration is not None:
         _compare_fingerprint(model)
+    _teach(model)
+    return given
+
+
+def _teach(model: Any) -> None:
+    """Give the model our `generate` and its generation config our fields."""
     if not isinstance(model, AdaptiveMixin):
         model.__class__ = _adaptive_class(type(model))
     for name in FIELDS:
@@ -96,7 +101,6 @@ def wrap(
             setattr(model.generation_config, name, None)
     # Saved as derived from the model configuration, a generation config loses our fields on reload.
     model.generation_config._from_model_config = False
-    return given
 
 
 def _gate_beside(calibration: Path) -> Gate | None:

@@ -77,14 +77,26 @@ CROSSED += [
 
 @pytest.mark.parametrize(("family", "mode", "schedule"), CROSSED)
 def test_a_row_is_what_it_is_alone(family, mode, schedule):
-    model = wrapped(family)
+    rows = 8 if family == "llama" else 3
+    assert_alone_at_mixed_depths(family, mode, schedule, rows, new_tokens=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_eight_is_what_it_is_alone(family, mode, schedule):
+    assert_alone_at_mixed_depths(family, mode, schedule, rows=8, new_tokens=10)
+
+
+def assert_alone_at_mixed_depths(family, mode, schedule, rows, new_tokens):
     out = assert_rows_are_alone(
-        model,
-        padded(LENGTHS[: 8 if family == "llama" else 3]),
+        wrapped(family),
+        padded(LENGTHS[:rows]),
         **MODES[mode],
         schedule=schedule,
         policy=Uneven(),
-        max_new_tokens=20,
+        max_new_tokens=new_tokens,
     )
     assert mode == "lossless" or len(out.report.exit_histogram) == 3, "depths must differ"
 
