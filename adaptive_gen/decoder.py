@@ -71,6 +71,7 @@ class Decoder:
             [batch, time, hidden] after layer `stop` - 1, not normed.
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        cache.pair(False)
         block, place = self.positions.block(hidden, span), Block(cache, span)
         for index in range(start, stop):
             hidden = self._call(index, hidden, block, place)
@@ -85,6 +86,7 @@ class Decoder:
         approximate KV propagation (CALM, Schuster et al. 2022).
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        cache.pair(False)
         block, place = self.positions.block(hidden, span), StoreOnly(cache, span)
         for index in range(start, stop):
             try:

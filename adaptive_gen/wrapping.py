@@ -35,6 +35,7 @@ def wrap(
     calibration: artefact.Calibration | str | os.PathLike[str] | None = None,
     queue_cap: int = QUEUE_CAP,
     engine: str = "auto",
+    weights: str = "own",
 ) -> Any:
     """Teach a loaded causal LM `generate(adaptive=True, ...)`, in place.
 
@@ -48,6 +49,8 @@ def wrap(
         engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
             (CPU, float32 and float64), "module" calls the model's own layers, "auto" takes the
             first where it can.
+        weights: "own", or "int8": `fused` reads weights rounded to 8 bits, faster and not quite the
+            same model (the README says by how much). The model's own weights stay as they are.
 
     Returns:
         The same object; `isinstance` with its own class still holds.
@@ -83,7 +86,7 @@ def wrap(
     exit_layers = exit_layers or exits.quarter_points(decoder.n_layers)
     normalised = exits.normalise(exit_layers, decoder.n_layers)
     probe(model, decoder)
-    backend = Backend(decoder, engine)
+    backend = Backend(decoder, engine, weights)
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
     attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
     if calibration is not None:
@@ -172,6 +175,7 @@ def load(
     exit_layers: Iterable[int] | None = None,
     calibration: str | os.PathLike[str] | Literal[False] | None = None,
     engine: str = "auto",
+    weights: str = "own",
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load and wrap a model with its tokenizer.
@@ -182,6 +186,7 @@ def load(
         calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
             False is none.
         engine: see `wrap`.
+        weights: see `wrap`.
         **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
 
     Returns:
@@ -216,6 +221,6 @@ def load(
         ) from error
     if calibration is None and (directory / artefact.FILE_NAME).is_file():
         calibration = directory
-    wrap(model, exit_layers, calibration or None, engine=engine)
+    wrap(model, exit_layers, calibration or None, engine=engine, weights=weights)
     _compare_fingerprint(model, tokenizer)
     return model, tokenizer

@@ -113,6 +113,7 @@ def test_the_fused_readout_is_the_models(family):
     torch.testing.assert_close(backend.readout()(hidden), backend.decoder.readout(hidden))
 
 
+@torch.no_grad()
 def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_llama):
     """The back ends take turns on one cache, which grows and drops rows in between."""
     backends = [
