@@ -65,7 +65,17 @@ def _row(point: artefact.OperatingPoint, chosen: bool) -> tuple[str, ...]:
 
 
 def _quality(quality: list[dict[str, Any]]) -> None:
-    columns = ("confidence", "exit", "agreement", "AUROC", "ECE raw", "ECE mapped")
+    columns = (
+        "confidence",
+        "exit",
+        "agreement",
+        "AUROC",
+        "ECE raw",
+        "ECE mapped",
+        "tokens",
+        'promised "0.9"',
+        "kept",
+    )
     rows = [
         (
             row["confidence"],
@@ -74,6 +84,9 @@ def _quality(quality: list[dict[str, Any]]) -> None:
             "-" if row["auroc"] is None else f"{row['auroc']:.3f}",
             f"{row['error_before']:.3f}",
             f"{row['error_after']:.3f}",
+            row.get("tokens"),  # files of before have no count
+            row.get("near"),
+            "-" if row.get("near_agreement") is None else f"{row['near_agreement']:.3f}",
         )
         for row in quality
     ]
