@@ -18,7 +18,7 @@ from .engine.backend import Backend
 from .engine.rules import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
-from .policy import ExitPolicy, FixedExit, ThresholdPolicy
+from .policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
 
@@ -127,9 +127,13 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     if given["policy"] is not None:
         _check_policy(given["policy"], layers)
     audit_floor = _audit_floor(given["audit_floor"])
+    policy = given["policy"] or _threshold_policy(given["threshold"], point, layers, state)
+    if isinstance(policy, ThresholdPolicy | NeverExit | FixedExit):  # the same at every position
+        # Layers between which nothing is asked run as one segment: each segment has its price.
+        layers = tuple(e for e in layers if e == layers[-1] or policy.may_exit(e, 0))
     return Settings(
         exit_layers=layers,
-        policy=given["policy"] or _threshold_policy(given["threshold"], point, layers, state),
+        policy=policy,
         confidences=_confidences(given["confidence"], layers, state),
         rules=_rules(given, state, rows),
         lossless=bool(given["lossless"]),
