@@ -217,7 +217,8 @@ def test_a_cost_model_finds_the_constants_of_the_machine_again():
     draw = np.random.default_rng(0)
     true = {"tokens": 2e-4, "layers": 1e-4, "rows": 2e-5, "readouts": 3e-4}
     works = [
-        Work(*(np.array([n]) for n in (1, 40, *draw.integers(20, 400, 4), 0, 0, 0))) for _ in range(7)
+        Work(*(np.array([n]) for n in (1, 40, *draw.integers(20, 400, 4), 0, 0, 0)))
+        for _ in range(7)
     ]
     seconds = np.array([sum(getattr(w, t)[0] * s for t, s in true.items()) for w in works])
     found = fit(works, seconds, prefill_s=0.01)
