@@ -29,7 +29,7 @@ def coverage(
         The certificate or None, and the keywords that withdraw it; both are empty where nothing
         was certified, or another point was asked for.
     """
-    if calibration is None:
+    if calibration is None or not calibration.points:  # one that is still being made has none
         return None, ()
     own = point or _same(calibration, given["threshold"], layers) or calibration.point
     if own.certificate is None:

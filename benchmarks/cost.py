@@ -3,10 +3,10 @@
     python -m benchmarks.cost --rounds 5 --out NAME.json
 
 The scripts of `calibrate profile`, full depth, and four sets of exits at two thresholds each take
-turns on the same prompts, so that a machine that grows faster or slower does so for all of them. The
-cost model is fitted to the scripts alone; the settings are predicted from traces of full depth's
-texts. Per KV policy: predicted and measured milliseconds per new token of whole calls, the largest
-error, and the largest after one common scale (the median ratio).
+turns on the same prompts, so that a machine that grows faster or slower does so for all of them.
+The cost model is fitted to the scripts alone; the settings are predicted from traces of full
+depth's texts. Per KV policy: predicted and measured milliseconds per new token of whole calls, the
+largest error, and the largest after one common scale (the median ratio).
 
 `--clock thread` counts the thread's CPU seconds: on a machine with other work the wall clock says
 what the others do. It is of use only with one thread and on a CPU.

@@ -31,6 +31,9 @@ def show(found: artefact.Calibration, as_json: bool) -> None:
     title = f"operating points ({found.confidence}, kv {found.kv}, {found.n_layers} layers)"
     ui.table(title, columns, rows)
     ui.note("* used by default; wall_speedup with its 95 % interval over prompts")
+    if found.batches:
+        rows = [(n, f"{gain:.2f}", not found.unpaid(n)) for n, gain in found.batches.items()]
+        ui.table("batches with the default", ("texts at once", "wall_speedup", "exits"), rows)
     for point in found.points:
         if point.certificate is not None:
             words = point.certificate.statement(found.kv, found.fingerprint)
