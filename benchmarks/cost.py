@@ -53,8 +53,9 @@ def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarra
     for turn in range(-1, turns):
         ids = prompts[turn % len(prompts)]
         for i, script in enumerate(scripts):
-            shared = {"kv": kv, "confidence": confidence, "tokens": PROFILE_TOKENS}
-            scripted[:, i, turn] = profile.timed(model, ids, script, n_layers, **shared)
+            scripted[:, i, turn] = profile.timed(
+                model, ids, script, n_layers, kv=kv, confidence=confidence
+            )
         for i, (layers, threshold) in enumerate(found):
             out, seconds[i, turn] = generate(
                 model,

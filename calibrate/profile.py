@@ -16,7 +16,7 @@ from adaptive_gen.ui import progress
 from .cost import Cost, fit
 from .schedule import Work, simulate
 
-ROUNDS = 16  # of short runs: a slow spell then spoils few of them
+ROUNDS = 10  # enough that slow spells spoil the fewer part
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Scripted:
 def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scripted]:
     """Scripts that tell the terms of the cost model apart.
 
-    Full depth with no readout on the way and with all of them; every exit alone, left at by all
-    tokens (many rows catch up at once) and by every second one (one row does); and mixtures.
+    Full depth with no readout on the way, once cut short (for what a text costs whatever its
+    length), and with all of them; every exit alone, left at by all tokens (many rows catch up at
+    once) and by every second one (one row does); and mixtures.
     """
     below, full = exit_layers[:-1], exit_layers[-1]
     draw = np.random.default_rng(seed)
     found = [Scripted([full] * tokens, frozenset(asks)) for asks in ((), below)]
+    found.append(Scripted([full] * max(2, tokens // 3), frozenset()))
     for exit_layer in below:
         found.append(Scripted([exit_layer] * tokens, frozenset([exit_layer])))
         half = [exit_layer if position % 2 else full for position in range(tokens)]
@@ -95,7 +97,7 @@ def profile(
     seconds = np.zeros((2, len(found), ROUNDS))
     # Round -1 warms up; the last round overwrites its column.
     rounds = range(-1, ROUNDS)
-    settings = {"kv": kv, "confidence": measure, "tokens": tokens}
+    settings = {"kv": kv, "confidence": measure}
     for turn in progress(rounds, "timing layers", total=len(rounds)):
         ids = prompts[turn % len(prompts)]
         for i, script in enumerate(found):
@@ -105,7 +107,7 @@ def profile(
 
 
 def timed(
-    model: Any, ids: Tensor, script: Scripted, n_layers: int, *, tokens: int, **settings: Any
+    model: Any, ids: Tensor, script: Scripted, n_layers: int, **settings: Any
 ) -> tuple[float, float]:
     """Seconds of decoding one text as scripted, and of the rest of the call."""
     out, seconds = generate(
@@ -115,8 +117,9 @@ def timed(
         policy=script,
         # As in use: layers between which nothing is asked run as one segment.
         exit_layers=[*sorted(script.asks), n_layers],
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
+        max_new_tokens=len(script.depths),
+        # No token is this one, so none ends the text; `min_new_tokens` would cost at every token.
+        eos_token_id=model.config.get_text_config().vocab_size,
         **settings,
     )
     return out.report.decode_s, seconds - out.report.decode_s
