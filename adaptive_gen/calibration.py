@@ -98,6 +98,8 @@ class Calibration:
     default: int  # index of the point `generate(adaptive=True)` uses
     fingerprint: Mapping[str, Any]  # what it was made on: model hash, dtype, device, engine
     recipe: Mapping[str, Any]  # how: target, prompts hash, seed, versions
+    # Texts generated together -> wall_speedup of the default point over full depth, both with them.
+    batches: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -113,6 +115,22 @@ class Calibration:
     def certified(self) -> bool:
         """Whether any operating point carries a promise."""
         return any(p.certificate is not None for p in self.points)
+
+    def unpaid(self, rows: int) -> str:
+        """Why exits are better left unchecked for `rows` texts at once; empty where they pay.
+
+        The next larger batch that was measured speaks for those in between: the more rows, the
+        likelier one of them goes to the end anyway.
+        """
+        measured = sorted(n for n in self.batches if n > 1)
+        if rows == 1 or not measured:
+            return ""
+        like = next((n for n in measured if n >= rows), measured[-1])
+        gain = self.batches[like]
+        if gain >= 1:
+            return ""
+        at = "" if like == rows else f" at {like}"
+        return f"exits are not checked at {rows} rows: measured {gain:.2f}x{at}"
 
     def without_certificates(self) -> "Calibration":
         """The same settings with every promise withdrawn."""
@@ -206,6 +224,7 @@ def _parse(document: dict[str, Any]) -> Calibration:
         default=int(document["default"]),
         fingerprint=dict(document["fingerprint"]),
         recipe=dict(document["recipe"]),
+        batches={int(n): float(gain) for n, gain in document.get("batches", {}).items()},
     )
 
 

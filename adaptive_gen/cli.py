@@ -137,8 +137,13 @@ def info(
         return
     points = facts.pop("points")
     ui.table(model or options.BUILT_IN, ("", ""), facts.items())
-    if points:
-        ui.table("operating points", list(points[0]), (point.values() for point in points))
+    if not points:
+        return
+    promises = [point.pop("certificate") for point in points]
+    ui.table("operating points", list(points[0]), (point.values() for point in points))
+    for point, promise in zip(points, promises, strict=True):
+        if promise is not None:
+            ui.text(f"\nthreshold {point['threshold']}\n{promise['statement']}\n")
 
 
 @app.command()

@@ -275,6 +275,8 @@ class TokenLoop:
             engine=self.engine,
             rows=len(self.texts.rows),
             layers_run=self.scheduler.layers_run,
+            certificate=self.settings.certificate,
+            unchecked=self.settings.unchecked,
         )
 
     def cache(self) -> AdaptiveCache | None:

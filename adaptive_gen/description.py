@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .calibration import OperatingPoint
+from .calibration import Calibration, OperatingPoint
 from .settings import state
 
 
@@ -25,10 +25,27 @@ def describe(model: Any) -> dict[str, Any]:
         "confidence": calibration.confidence if calibration is not None else None,
         "kv": calibration.kv if calibration is not None else None,
         "points": [
-            {**_point(point), "default": point is points[calibration.default]}
+            {
+                **_point(point),
+                "default": point is points[calibration.default],
+                "certificate": _certificate(point, calibration),
+            }
             for point in points
             if calibration is not None
         ],
+    }
+
+
+def _certificate(point: OperatingPoint, calibration: Calibration) -> dict[str, Any] | None:
+    """What is promised of a point on this model, in figures and in words."""
+    found = point.certificate
+    if found is None:
+        return None
+    return {
+        "loss": found.loss,
+        "max_risk": found.max_risk,
+        "level": found.level,
+        "statement": found.statement(calibration.kv, calibration.fingerprint),
     }
 
 

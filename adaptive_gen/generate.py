@@ -5,6 +5,7 @@ overrides `_sample`: transformers' `generate` prepares inputs, logits processors
 and the generation config as always, and our loop takes over where its loop would start.
 """
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
+from .coverage import otherwise, withdrawn
 from .decoding import TokenLoop
 from .errors import OptionError
 from .refusals import check_arguments, check_processors
 from .resume import AdaptiveCache
-from .settings import resolve, state
+from .settings import Settings, resolve, state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +81,7 @@ class AdaptiveMixin(_CausalLM):
         check_processors(
             logits_processor, len(lengths) == 1 and not (settings.lossless or settings.audit)
         )
+        settings = self._covered(settings, generation_config, input_ids, logits_processor)
         handover = isinstance(streamer, LoopHandover)
         if streamer is not None and len(lengths) > 1:
             raise OptionError(
@@ -103,6 +106,21 @@ class AdaptiveMixin(_CausalLM):
         return (
             loop.output() if generation_config.return_dict_in_generate else loop.texts.sequences()
         )
+
+    def _covered(
+        self, settings: Settings, config: Any, input_ids: Tensor, processors: Any
+    ) -> Settings:
+        """The settings without their certificate if the call does what that is not for."""
+        changes = settings.changed
+        if settings.certificate is not None:
+            rows, width = input_ids.shape
+            room = (config.max_length or 0) - width
+            changes = otherwise(settings.certificate, config, rows, room, processors)
+        if not changes:
+            return settings
+        if not settings.unchecked:  # full depth takes nothing back
+            state(self).tell_once(withdrawn(changes))
+        return dataclasses.replace(settings, certificate=None)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]

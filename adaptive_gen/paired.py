@@ -124,7 +124,7 @@ def _runs(prompts: Sequence[Tensor], calls: list[_Call]) -> Runs:
 
 
 def generate(model: Any, ids: Tensor, **keywords: Any) -> tuple[Any, float]:
-    """One greedy `generate` call and its seconds.
+    """One greedy `generate` call and its seconds; a padded batch comes with its attention mask.
 
     Whatever a checkpoint's own generation config says, the text is the plain argmax of the logits:
     with a repetition penalty the choices of an exit and of full depth would not be comparable.
@@ -133,10 +133,10 @@ def generate(model: Any, ids: Tensor, **keywords: Any) -> tuple[Any, float]:
     if config.pad_token_id is None:
         # One text needs no padding; this only keeps transformers from warning at every call.
         keywords.setdefault("pad_token_id", int(ids[0, 0]))
+    keywords.setdefault("attention_mask", torch.ones_like(ids))
     clock = time.perf_counter()
     out = model.generate(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .certificate import Certificate
+
 
 class Step(NamedTuple):
     """One new token."""
@@ -52,6 +54,9 @@ class Report:
     engine: str = "module"  # the back end that ran the layers
     rows: int = 1
     layers_run: int = 0  # while decoding: layers whose weights were read, over all passes
+    # What was promised of calls like this one, and why no exit was checked where some could be.
+    certificate: Certificate | None = None
+    unchecked: str = ""
 
     @property
     def tokens_per_s(self) -> float:

@@ -12,13 +12,15 @@ from typing import Any
 from . import confidence as measures
 from . import exits
 from .calibration import Calibration, OperatingPoint
+from .certificate import Certificate
 from .confidence import Confidences
+from .coverage import coverage
 from .decoder import Decoder
 from .engine.backend import Backend
 from .engine.rules import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
-from .policy import ExitPolicy, FixedExit, ThresholdPolicy
+from .policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
 
@@ -93,6 +95,9 @@ class Settings:
     lossless: bool = False
     audit: bool = False
     audit_floor: float | None = None
+    certificate: Certificate | None = None  # of the operating point, if our keywords leave it
+    changed: tuple[str, ...] = ()  # our keywords that withdraw it
+    unchecked: str = ""  # why no exit is checked although the calibration has some
 
     @property
     def kv(self) -> str:
@@ -127,18 +132,29 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     if given["policy"] is not None:
         _check_policy(given["policy"], layers)
     audit_floor = _audit_floor(given["audit_floor"])
+    policy = given["policy"] or _threshold_policy(given["threshold"], point, layers, state)
+    certificate, changed = coverage(calibration, point, given, layers)
+    unchecked = calibration.unpaid(rows) if calibration is not None and point is not None else ""
+    if unchecked:
+        policy = NeverExit()
+    if isinstance(policy, ThresholdPolicy | NeverExit | FixedExit):  # the same at every position
+        # Layers between which nothing is asked run as one segment: each segment has its price.
+        layers = tuple(e for e in layers if e == layers[-1] or policy.may_exit(e, 0))
     return Settings(
         exit_layers=layers,
-        policy=given["policy"] or _threshold_policy(given["threshold"], point, layers, state),
+        policy=policy,
         confidences=_confidences(given["confidence"], layers, state),
-        rules=_rules(given, state, rows),
+        rules=_rules(given, state),
         lossless=bool(given["lossless"]),
         audit=bool(given["audit"]) or audit_floor is not None,
         audit_floor=audit_floor,
+        certificate=certificate,
+        changed=changed,
+        unchecked=unchecked,
     )
 
 
-def _rules(given: Mapping[str, Any], state: State, rows: int) -> Rules:
+def _rules(given: Mapping[str, Any], state: State) -> Rules:
     """How tokens move through the queues."""
     for name, known in (("kv", KV_POLICIES), ("prefill", PREFILLS), ("schedule", SCHEDULES)):
         if given[name] is not None and given[name] not in known:
@@ -160,14 +176,9 @@ def _rules(given: Mapping[str, Any], state: State, rows: int) -> Rules:
         kv="recompute" if needing else kv,
         queue_cap=state.queue_cap,
         prefill=given["prefill"] or PREFILLS[0],
-        shallow_passes=SCHEDULES[given["schedule"] or _schedule(rows)],
+        shallow_passes=SCHEDULES[given["schedule"] or "stepwise"],
         read_drafts=bool(given["lossless"] or audited),
     )
-
-
-def _schedule(rows: int) -> str:
-    """The schedule that is usually faster for a batch of this size."""
-    return "stepwise"
 
 
 def _audit_floor(value: Any) -> float | None:

@@ -37,9 +37,9 @@ def fit(works: list[Work], decode_s: NDArray, prefill_s: float) -> Cost:
         decode_s: [runs] seconds of each, prefill left out.
         prefill_s: seconds of a `generate` call besides decoding.
     """
+    # What a text costs on the way, besides its prompt's pass, is found from runs of two lengths.
     table = np.concatenate([work.table for work in works]).astype(float)  # [runs, terms]
-    table[:, TERMS.index("texts")] = 0
     solution, _ = nnls(table / decode_s[:, None], np.ones(len(works)))
     residual = float(np.abs(table @ solution / decode_s - 1).max())
-    solution[TERMS.index("texts")] = prefill_s
+    solution[TERMS.index("texts")] += prefill_s
     return Cost(dict(zip(TERMS, map(float, solution), strict=True)), residual)

@@ -8,8 +8,8 @@ from adaptive_gen.bench import environment
 from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.settings import state
 
+from . import batches, evidence, search, seek
 from . import certify as certification
-from . import evidence, search, seek
 from .cost import Cost
 from .found import Found
 from .stages import Options, prompt_ids
@@ -93,7 +93,9 @@ def verify_stage(
     points = [_point(m, trace.n_layers) for m in measured]
     default = measured.index(chosen)
     points[default] = dataclasses.replace(points[default], certificate=certificate)
-    result = dataclasses.replace(base, points=tuple(points), default=default)
+    gains = batches.gains(model, prompts, arena.settings(chosen.candidate), options.max_new_tokens)
+    gains = {1: chosen.speedup, **gains}
+    result = dataclasses.replace(base, points=tuple(points), default=default, batches=gains)
     state(model).calibration = result
     store.write("evidence", evidence.gather(tokenizer, unseen, found, chosen, arena))
     return result

@@ -6,7 +6,8 @@ numbers once, and cumulative sums along the axes give, for every tuple, who leav
 did not fire are prefix sums, the one that fired is the rest.
 
 What needs the order of the tokens is left out: full queues that force a deep pass, and waiting rows
-that are never caught up because the text ends. The few settings worth it are simulated afterwards.
+that are never caught up because the text ends; and for how many deep passes find rows waiting,
+tokens are taken to follow each other at random. The few settings worth it are simulated afterwards.
 
 Axes: `tokens`; `exits` K below full depth; `thresholds` G, ascending, the last above every chance.
 """
@@ -22,6 +23,8 @@ class Tables:
     """Sums over the tokens for every tuple of thresholds, each [G] * K."""
 
     layers: NDArray[np.float64]
+    blocks: NDArray[np.float64]  # layer calls that find rows waiting, and so do segment calls:
+    fills: NDArray[np.float64]
     readouts: NDArray[np.float64]
     agreed: NDArray[np.float64]
     skipped: NDArray[np.float64]  # layers that leaving tokens did not run when they left
@@ -45,8 +48,7 @@ def tables(
     reached = np.searchsorted(thresholds, chance, side="right")
     asked = thresholds <= 1
     here = np.full(shape, float(tokens))  # tokens that arrive at the exit
-    layers, readouts, agreed = (np.zeros(shape) for _ in range(3))
-    skipped = np.zeros(shape)
+    layers, blocks, fills, readouts, agreed, skipped = (np.zeros(shape) for _ in range(6))
     for k in range(exits):
         axes = tuple(reached[:, : k + 1].T)
         cells = np.asarray(np.ravel_multi_index(axes, (grid + 1,) * (k + 1)))
@@ -54,12 +56,17 @@ def tables(
             _spread(_leaving(cells, weights, grid, k + 1), exits)
             for weights in (None, agrees[:, k])
         )
-        readouts += here * asked.reshape([-1 if axis == k else 1 for axis in range(exits)])
+        asks = asked.reshape([-1 if axis == k else 1 for axis in range(exits)])
+        readouts += here * asks
         here = here - left
+        met = here * (1 - here / tokens)  # go on while the token before has left
+        blocks += met * (exit_layers[k + 1] - exit_layers[k])
+        fills += met * asks
         layers += left * exit_layers[k]
         skipped += left * (exit_layers[-1] - exit_layers[k])
         agreed += right
-    return Tables(layers + here * exit_layers[-1], readouts + here, agreed + here, skipped)
+    layers += here * exit_layers[-1]
+    return Tables(layers, blocks, fills, readouts + here, agreed + here, skipped)
 
 
 def _leaving(cells: NDArray, weights: NDArray | None, grid: int, axes: int) -> NDArray:

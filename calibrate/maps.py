@@ -17,6 +17,7 @@ from adaptive_gen.calibration import ConfidenceMap
 from .trace import Trace
 
 MOST_KNOTS = 40
+NEAR = (0.875, 0.925)  # mapped chances that stand for "0.9" where a promise is held to what came
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Quality:
     auroc: float | None  # None where all agree, or none
     error_before: float  # expected calibration error of the raw confidence
     error_after: float  # and of the mapped one
+    tokens: int  # judged
+    near: int  # of those, how many have a mapped chance in `NEAR`
+    near_agreement: float | None  # and how many of these agree; None without any
 
 
 def fit(raw: NDArray, agrees: NDArray) -> ConfidenceMap:
@@ -110,6 +114,7 @@ def qualities(trace: Trace, curves: Mapping[str, Mapping[int, ConfidenceMap]]) -
         for k, exit_layer in enumerate(trace.exit_layers[:-1]):
             raw, agrees = trace.at(measure, k)
             mapped = apply(curves[measure][exit_layer], raw)
+            near = agrees[(NEAR[0] <= mapped) & (mapped < NEAR[1])]
             rows.append(
                 Quality(
                     confidence=measure,
@@ -118,6 +123,9 @@ def qualities(trace: Trace, curves: Mapping[str, Mapping[int, ConfidenceMap]]) -
                     auroc=auroc(raw, agrees),
                     error_before=calibration_error(raw, agrees),
                     error_after=calibration_error(mapped, agrees),
+                    tokens=len(raw),
+                    near=len(near),
+                    near_agreement=float(near.mean()) if len(near) else None,
                 )
             )
     return rows

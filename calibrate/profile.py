@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive_gen.paired import generate
@@ -15,7 +16,7 @@ from adaptive_gen.ui import progress
 from .cost import Cost, fit
 from .schedule import Work, simulate
 
-ROUNDS = 5
+ROUNDS = 10  # enough that slow spells spoil the fewer part
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,18 @@ class Scripted:
 def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scripted]:
     """Scripts that tell the terms of the cost model apart.
 
-    Full depth with no readout on the way and with all of them, every exit alone, and mixtures.
+    Full depth with no readout on the way, once cut short (for what a text costs whatever its
+    length), and with all of them; every exit alone, left at by all tokens (many rows catch up at
+    once) and by every second one (one row does); and mixtures.
     """
     below, full = exit_layers[:-1], exit_layers[-1]
     draw = np.random.default_rng(seed)
     found = [Scripted([full] * tokens, frozenset(asks)) for asks in ((), below)]
-    found += [Scripted([exit_layer] * tokens, frozenset([exit_layer])) for exit_layer in below]
+    found.append(Scripted([full] * max(2, tokens // 3), frozenset()))
+    for exit_layer in below:
+        found.append(Scripted([exit_layer] * tokens, frozenset([exit_layer])))
+        half = [exit_layer if position % 2 else full for position in range(tokens)]
+        found.append(Scripted(half, frozenset([exit_layer])))
     for share in (0.3, 0.7):
         depths = np.where(draw.random(tokens) < share, draw.choice(below, tokens), full)
         found.append(Scripted(depths.tolist(), frozenset(below)))
@@ -87,24 +94,42 @@ def profile(
         tokens: new tokens of every run.
     """
     found = scripts(exit_layers, tokens)
-    decode_s = np.zeros((len(found), ROUNDS))
-    prefill_s = np.zeros_like(decode_s)
+    seconds = np.zeros((2, len(found), ROUNDS))
     # Round -1 warms up; the last round overwrites its column.
     rounds = range(-1, ROUNDS)
+    settings = {"kv": kv, "confidence": measure}
     for turn in progress(rounds, "timing layers", total=len(rounds)):
+        ids = prompts[turn % len(prompts)]
         for i, script in enumerate(found):
-            out, seconds = generate(
-                model,
-                prompts[turn % len(prompts)],
-                adaptive=True,
-                policy=script,
-                exit_layers=list(exit_layers),
-                confidence=measure,
-                kv=kv,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-            )
-            decode_s[i, turn] = out.report.decode_s
-            prefill_s[i, turn] = seconds - out.report.decode_s
+            seconds[:, i, turn] = timed(model, ids, script, exit_layers[-1], **settings)
     works = [work(script, exit_layers, kv, state(model).queue_cap) for script in found]
-    return fit(works, np.median(decode_s, axis=1), float(np.median(prefill_s)))
+    return fit(works, typical(seconds[0]), float(np.median(seconds[1])))
+
+
+def timed(
+    model: Any, ids: Tensor, script: Scripted, n_layers: int, **settings: Any
+) -> tuple[float, float]:
+    """Seconds of decoding one text as scripted, and of the rest of the call."""
+    out, seconds = generate(
+        model,
+        ids,
+        adaptive=True,
+        policy=script,
+        # As in use: layers between which nothing is asked run as one segment.
+        exit_layers=[*sorted(script.asks), n_layers],
+        max_new_tokens=len(script.depths),
+        # No token is this one, so none ends the text; `min_new_tokens` would cost at every token.
+        eos_token_id=model.config.get_text_config().vocab_size,
+        **settings,
+    )
+    return out.report.decode_s, seconds - out.report.decode_s
+
+
+def typical(seconds: NDArray) -> NDArray[np.float64]:
+    """Seconds [runs] of runs that took turns, from [runs, rounds].
+
+    A machine has slow and fast spells that last longer than a round and slow all its runs alike: so
+    each run's share of its round is what counts, and the median round gives the scale.
+    """
+    whole = seconds.sum(0)
+    return np.median(seconds / whole, axis=1) * np.median(whole)

@@ -20,9 +20,11 @@ class Work:
     texts: NDArray  # prefills
     tokens: NDArray  # decoding steps; the first new token of a text belongs to its prefill
     layers: NDArray  # layer calls, whatever the rows
+    blocks: NDArray  # those with more than one row, which take another path
     rows: NDArray  # rows beyond the first, summed over the layer calls
-    readouts: NDArray  # norm + LM head + confidence
-    stores: NDArray  # layer calls that only store keys and values
+    readouts: NDArray  # norm + LM head + confidence, and the segment that ends there
+    fills: NDArray  # segment calls that only store keys and values
+    stores: NDArray  # layer calls of those
     stored: NDArray  # rows of those
 
     @property
@@ -87,9 +89,12 @@ class _Queues:
         self.depths = np.zeros((len(lengths), int(lengths.max(initial=1)), settings), np.int16)
         # The prompt runs at full depth, and so does the new token it ends with.
         self.depths[:, 0] = exit_layers[-1]
-        self.agreed, self.layers, self.rows, self.readouts, self.stores, self.stored = (
-            np.zeros(settings, dtype=np.int64) for _ in range(6)
+        # Neighbouring segments are one where the exit between them is not checked.
+        self.begins = np.concatenate([np.ones((1, settings), bool), checked])
+        self.agreed, self.layers, self.blocks, self.rows, self.readouts = (
+            np.zeros(settings, dtype=np.int64) for _ in range(5)
         )
+        self.fills, self.stores, self.stored = (np.zeros_like(self.agreed) for _ in range(3))
 
     def step(self, time: int, texts: NDArray, leaves: NDArray, agrees: NDArray) -> None:
         """Decode one token of each of `texts`.
@@ -129,8 +134,10 @@ class _Queues:
         older = np.maximum(block - 1, 0)
         self.layers += going.sum(0) * self.sizes[s]
         if self.kv == "recompute":
+            self.blocks += (older > 0).sum(0) * self.sizes[s]
             self.rows += older.sum(0) * self.sizes[s]
         else:
+            self.fills += (older > 0).sum(0) * self.begins[s]
             self.stores += (older > 0).sum(0) * self.sizes[s]
             self.stored += older.sum(0) * self.sizes[s]
         waiting[s] -= block
@@ -142,6 +149,7 @@ class _Queues:
         while s < len(waiting) and left.any():
             left = left & (waiting[s] > self.cap)
             block = np.where(left, waiting[s], 0)
+            self.fills += left.sum(0) * self.begins[s]
             self.stores += left.sum(0) * self.sizes[s]
             self.stored += block.sum(0) * self.sizes[s]
             waiting[s] -= block
@@ -160,8 +168,10 @@ class _Queues:
                 texts=one * texts,
                 tokens=one * (tokens - texts),
                 layers=self.layers,
+                blocks=self.blocks,
                 rows=self.rows,
                 readouts=self.readouts,
+                fills=self.fills,
                 stores=self.stores,
                 stored=self.stored,
             ),

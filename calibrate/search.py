@@ -162,9 +162,11 @@ def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
         texts=zero + len(trace.lengths),
         tokens=zero + decoded.sum(),
         layers=t.layers.ravel(),
+        blocks=t.blocks.ravel() if recompute else zero,
         rows=t.skipped.ravel() if recompute else zero,
         readouts=t.readouts.ravel(),
-        stores=zero,
+        fills=zero if recompute else t.fills.ravel(),
+        stores=zero if recompute else t.blocks.ravel(),
         stored=zero if recompute else t.skipped.ravel(),
     )
     return 1 / traced.cost.time(work), t.agreed.ravel()

@@ -34,7 +34,7 @@ from .store import Store
 from .target import Target
 from .trace import Trace
 
-PROFILE_TOKENS = 40
+PROFILE_TOKENS = 40  # a context as long as in use, and full queues that force deep passes
 CLEARLY = 1.01  # how much better another measure must look than the default one
 # Share of the prompts to search on. A certificate needs many prompts that nothing has seen.
 SEARCHED = {"risk": 0.4}

@@ -31,6 +31,9 @@ def show(found: artefact.Calibration, as_json: bool) -> None:
     title = f"operating points ({found.confidence}, kv {found.kv}, {found.n_layers} layers)"
     ui.table(title, columns, rows)
     ui.note("* used by default; wall_speedup with its 95 % interval over prompts")
+    if found.batches:
+        rows = [(n, f"{gain:.2f}", not found.unpaid(n)) for n, gain in found.batches.items()]
+        ui.table("batches with the default", ("texts at once", "wall_speedup", "exits"), rows)
     for point in found.points:
         if point.certificate is not None:
             words = point.certificate.statement(found.kv, found.fingerprint)
@@ -65,7 +68,17 @@ def _row(point: artefact.OperatingPoint, chosen: bool) -> tuple[str, ...]:
 
 
 def _quality(quality: list[dict[str, Any]]) -> None:
-    columns = ("confidence", "exit", "agreement", "AUROC", "ECE raw", "ECE mapped")
+    columns = (
+        "confidence",
+        "exit",
+        "agreement",
+        "AUROC",
+        "ECE raw",
+        "ECE mapped",
+        "tokens",
+        'promised "0.9"',
+        "kept",
+    )
     rows = [
         (
             row["confidence"],
@@ -74,6 +87,9 @@ def _quality(quality: list[dict[str, Any]]) -> None:
             "-" if row["auroc"] is None else f"{row['auroc']:.3f}",
             f"{row['error_before']:.3f}",
             f"{row['error_after']:.3f}",
+            row.get("tokens"),  # files of before have no count
+            row.get("near"),
+            "-" if row.get("near_agreement") is None else f"{row['near_agreement']:.3f}",
         )
         for row in quality
     ]

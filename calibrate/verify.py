@@ -78,13 +78,22 @@ class Arena:
             runs = {name: _again(runs[name], more[name]) for name in runs}
         return self._judge(candidate, runs["0"], runs["full_depth"])
 
+    def settings(self, candidate: Candidate) -> dict[str, Any]:
+        """Our keywords of `generate` for a setting."""
+        return {
+            "adaptive": True,
+            "confidence": self.confidence,
+            "kv": self.kv,
+            "threshold": candidate.dial,
+            "exit_layers": list(candidate.exit_layers),
+        }
+
     def _measure(
         self, found: Sequence[Candidate], prompts: Sequence[Tensor], label: str
     ) -> dict[str, Runs]:
         shared = {"adaptive": True, "confidence": self.confidence, "kv": self.kv}
         arms: dict[str, dict[str, Any]] = {"full_depth": {**shared, "threshold": 1.0}}
-        for i, c in enumerate(found):
-            arms[str(i)] = {**shared, "threshold": c.dial, "exit_layers": list(c.exit_layers)}
+        arms |= {str(i): self.settings(c) for i, c in enumerate(found)}
         return measure(
             self.model,
             prompts,

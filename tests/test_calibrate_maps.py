@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from adaptive_gen.calibrate import maps
+from adaptive_gen.calibrate.trace import Trace
+from adaptive_gen.calibration import ConfidenceMap
 
 
 def test_a_map_recovers_the_chance_that_tokens_were_drawn_with():
@@ -65,3 +67,29 @@ def test_calibration_error_is_the_mean_gap_of_equal_bins():
     # Lower half says .2 and agrees never, upper half says .9 and agrees always: gaps .2 and .1.
     chance = np.array([0.9, 0.2] * 10)
     assert maps.calibration_error(chance, chance > 0.5, bins=2) == pytest.approx(0.15)
+
+
+def judged(fit, tokens=60_000):
+    """The quality of a map fitted to one half of synthetic tokens, on the other half."""
+    draw = np.random.default_rng(3)
+    raw = draw.random((2, tokens // 10, 10, 1))
+    agrees = draw.random(raw.shape) < raw**0.5
+    lengths = np.full(tokens // 10, 10)
+    seen, unseen = (
+        Trace((1, 2), lengths, {"margin": raw[half]}, agrees[half]) for half in range(2)
+    )
+    curve = fit(*seen.at("margin", 0))
+    return maps.qualities(unseen, {"margin": {1: curve}})[0]
+
+
+def test_a_promised_nine_in_ten_is_kept_on_tokens_not_fitted_to():
+    row = judged(maps.fit)
+    assert row.tokens == 60_000 and row.near > 500
+    assert 0.885 < row.near_agreement < 0.915
+    assert row.error_after < 0.02 < row.error_before
+
+
+def test_a_map_that_promises_too_much_is_found_out():
+    lying = ConfidenceMap((0.0, 0.3, 1.0), (0.5, 0.9, 0.95))
+    row = judged(lambda *seen: lying)
+    assert row.near > 500 and row.near_agreement < 0.8

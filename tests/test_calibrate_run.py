@@ -88,6 +88,7 @@ def test_a_calibration_survives_the_file_and_decides_generation(
     assert all(p.wall_speedup and p.wall_speedup_interval for p in loaded.points)
     assert loaded.point.tokens == 4 * 4, "four held-out prompts of four tokens"
     assert state(model).calibration is found
+    assert set(found.batches) == {1, 2, 4, 8, 16} and min(found.batches.values()) > 0
     other = adaptive_gen.wrap(tiny_llama(layers=4, eos_token_id=None), calibration=tmp_path)
     ids = torch.tensor([[10, 20, 30]])
     settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
