@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedModel, FusedReadout
 
 _STEPS = 127
+MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ def quantised(model: "FusedModel") -> "FusedModel":
     layers = [
         replace(
             layer,
-            **{
-                name: Int8Matrix.of(getattr(layer, name))
-                for name in ("qkv", "out", "gate_up", "down")
-            },
+            **{name: Int8Matrix.of(getattr(layer, name)) for name in MATRICES},
         )
         for layer in model.layers
     ]
