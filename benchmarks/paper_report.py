@@ -32,13 +32,20 @@ COMMIT = subprocess.run(
 ).stdout.strip()
 
 
+def origin(script: str) -> dict:
+    """Where results come from: command, commit, versions."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "commit": COMMIT,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
 def write(out: Path, results: list[dict], settings: dict) -> None:
     """Write tables.json and tables.md; a run that goes on writes them anew after each model."""
     plans = {task: asdict(plan) for task, plan in settings["plans"].items()}
     document = {
-        "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
-        "commit": COMMIT,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **origin("paper_tables.py"),
         "settings": {**settings, "plans": plans},
         "results": results,
     }

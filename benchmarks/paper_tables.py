@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import paper_report
 import torch
@@ -129,14 +130,11 @@ def answers_of(row: dict) -> list[str]:
     return [row["output"]]
 
 
-def trained(
-    task: str, seed: int, exits: list[int], data: dict, options: argparse.Namespace, plan: Plan
-) -> Iterator[tuple[str, Path]]:
-    """(row of the table, directory of its model), trained unless it is there."""
-    folder = options.out / task / f"seed{seed}"
-    base = TrainConfig(
-        model=options.base,
-        data=[data["train"]],
+def settings_of(plan: Plan, base: str, data: Path, seed: int) -> TrainConfig:
+    """What SFT, the Extracted models and SoFT have in common."""
+    return TrainConfig(
+        model=base,
+        data=[data],
         seq_len=256,
         packing="documents",
         batch_size=plan.batch_size,
@@ -146,6 +144,19 @@ def trained(
         save_steps=100,
         seed=seed,
     )
+
+
+def read_scores(path: Path) -> Any:
+    """What an earlier run measured."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def trained(
+    task: str, seed: int, exits: list[int], data: dict, options: argparse.Namespace, plan: Plan
+) -> Iterator[tuple[str, Path]]:
+    """(row of the table, directory of its model), trained unless it is there."""
+    folder = options.out / task / f"seed{seed}"
+    base = settings_of(plan, options.base, data["train"], seed)
     inner = ",".join(map(str, exits))
     alone = [int(e) for e in options.extract.split(",")] if options.extract else exits[:-1]
     more = {"exit_layers": inner}
@@ -172,7 +183,7 @@ def scores(
     """One result per exit of one model, measured unless it is there."""
     kept = model_dir / "scores.json"
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return read_scores(kept)
     model, tokenizer = load_model(str(model_dir))
     load_heads(model, model_dir)
     depth = model.config.num_hidden_layers
