@@ -22,10 +22,10 @@ import torch
 from paper_tables import PLANS, QUICK, prepare, read_scores, settings_of
 from transformers.utils import logging
 
+from adaptive_gen.exit_readouts import load_readouts
 from adaptive_gen.train.config import TrainConfig
 from adaptive_gen.train.data import load
 from adaptive_gen.train.evaluate import evaluate
-from adaptive_gen.train.exit_heads import load_heads
 from adaptive_gen.train.models import load_model
 from adaptive_gen.train.run import fitting, train
 from adaptive_gen.train.saving import write_json, write_text
@@ -93,7 +93,7 @@ def score(
             changes["exit_layers"] = layers
         train(replace(config, **changes), "sft" if objective == "sft" else "soft")
     model, tokenizer = load_model(str(out))
-    load_heads(model, out)
+    load_readouts(model, out)
     scores = evaluate(model, load([test], tokenizer, fitting(512, model)), exits).exits
     found = {
         "loss": {str(s.exit_layer): s.loss for s in scores},

@@ -23,12 +23,12 @@ import paper_report
 import torch
 from transformers.utils import logging
 
+from adaptive_gen.exit_readouts import load_readouts
 from adaptive_gen.train.answering import answers, sub_model
 from adaptive_gen.train.checks import checkpoint_to_resume
 from adaptive_gen.train.config import TrainConfig
 from adaptive_gen.train.data import load
 from adaptive_gen.train.evaluate import evaluate
-from adaptive_gen.train.exit_heads import load_heads
 from adaptive_gen.train.metrics import exact_match, f1, rouge_l
 from adaptive_gen.train.models import load_model
 from adaptive_gen.train.reading import read_json_rows
@@ -185,7 +185,7 @@ def scores(
     if kept.is_file():
         return read_scores(kept)
     model, tokenizer = load_model(str(model_dir))
-    load_heads(model, model_dir)
+    load_readouts(model, model_dir)
     depth = model.config.num_hidden_layers
     layers = [depth] if row.startswith("extract") else exits
     examples = load([data["test"]], tokenizer, fitting(512, model))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptive_gen.exit_readouts import readouts
+
 from .data import PLAIN_PROMPT
-from .exit_heads import NAME
 
 
 def sub_model(model: Any, exit_layer: int) -> Any:
@@ -19,7 +20,7 @@ def sub_model(model: Any, exit_layer: int) -> Any:
         exit_layer: count of layers.
 
     Returns:
-        A causal LM. An exit with a head of its own is read out through that.
+        A causal LM. An exit with a readout of its own is read out through that.
     """
     cut = _shallow(model)
     cut.config = copy.deepcopy(model.config)
@@ -31,9 +32,9 @@ def sub_model(model: Any, exit_layer: int) -> Any:
     decoder.config = text
     decoder.layers = nn.ModuleList(list(decoder.layers)[:exit_layer])
     cut._modules[model.base_model_prefix] = decoder
-    own = getattr(model, NAME, {})
-    if str(exit_layer) in own:
-        cut.set_output_embeddings(own[str(exit_layer)])
+    readout = readouts(model, [exit_layer])[exit_layer]
+    decoder.norm = readout.norm
+    cut.set_output_embeddings(readout.head.linear)
     return cut.eval()
 
 

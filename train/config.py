@@ -35,7 +35,11 @@ class TrainConfig:
     ] = "uniform"
     layers: Annotated[int, _option("Layers of the model to keep; the rest is cut off.", min=1)] = 0
     adapter: Annotated[
-        str | None, _option("Train lora:RANK or dora:RANK and merge it. Default: all weights.")
+        str | None,
+        _option(
+            "Train lora:RANK or dora:RANK and merge it; or exit-norm, exit-block, exit-head: a "
+            "readout for each exit of the frozen model. Default: all weights."
+        ),
     ] = None
     from_config: Annotated[
         Path | None, _option("Start a new model from this config.json, with an own BPE.")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from adaptive_gen.confidence import margin
+from adaptive_gen.exit_readouts import readouts
 from adaptive_gen.losses import exit_states
 from adaptive_gen.readout import Readout
 
-from .exit_heads import readouts
 from .packing import IGNORE, Example, collator
 
 

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptive_gen import exits
 from adaptive_gen.errors import OptionError
+from adaptive_gen.exit_readouts import add_readouts, exits_of, load_readouts
 
+from .adapters import exit_readout
 from .arguments import training_arguments
 from .checks import check_data, check_writable, checkpoint_to_resume
 from .config import TrainConfig
@@ -41,12 +44,15 @@ def train(config: TrainConfig, method: str) -> Path:
     resume = checkpoint_to_resume(config.out, config.resume)
     model, tokenizer = _start(config)
     layers = _exit_layers(config, model, method)
-    if method == "ict":
-        from .exit_heads import add_heads
-
-        add_heads(model, layers)
-        objective = Objective(full=0.0)  # the frozen head has nothing to learn
-    if config.adapter:
+    kind = "head" if method == "ict" else exit_readout(config.adapter)
+    if kind:
+        if len(layers) == 1:
+            raise OptionError(
+                f"--adapter {config.adapter} needs exits before full depth; use soft."
+            )
+        add_readouts(model, layers, kind)
+        objective = replace(objective, full=0.0)  # frozen full depth has nothing to learn
+    elif config.adapter:
         from .adapters import add_adapter
 
         model = add_adapter(model, config.adapter)
@@ -58,7 +64,7 @@ def train(config: TrainConfig, method: str) -> Path:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if config.adapter:
+    if config.adapter and not kind:
         from .adapters import merged
 
         model = merged(model)
@@ -94,13 +100,12 @@ def evaluate_model(
     from adaptive_gen.losses import resolve_exits
 
     from .evaluate import evaluate
-    from .exit_heads import exits_of, load_heads
 
     check_data(paths)
     chosen = exits.parse(exit_layers) if exit_layers else None
     model, tokenizer = load_model(name, dtype)
-    load_heads(model, Path(name))
-    layers = resolve_exits(model, chosen or exits_of(model))
+    load_readouts(model, Path(name))
+    layers = resolve_exits(model, chosen or exits_of(model) or None)
     examples = load(paths, tokenizer, fitting(seq_len, model), eos=eos)
     if max_tokens > 0:
         used = accumulate(len(e["input_ids"]) - 1 for e in examples)

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from adaptive_gen.exit_readouts import readouts
 from adaptive_gen.losses import exit_states, exit_weights, score_exits
 from adaptive_gen.naming import Parts
 
 from .callbacks import Progress, StopOnInterrupt
-from .exit_heads import readouts
 from .objectives import Objective
 from .random_depth import Departures, layer_dropout, leaving
 
