@@ -31,9 +31,8 @@ from adaptive_gen.train.run import fitting, train
 from adaptive_gen.train.saving import write_json, write_text
 
 OBJECTIVES = (
-    "uniform full:2 full:3 full:4 linear quadratic quadratic:0.2 distil:0.5 distil:1 "
-    "distil:0.5+full:3 distil:1+full:2 distil:1+full:3 distil:1+full:6 rotating rotating+distil:1 "
-    "gradual gradual+distil:1 sampled"
+    "uniform distil:1+full:3 distil:1 full:3 sft>exit-block+distil:1 distil:1+full:9 quadratic "
+    "rotating+distil:1 sft>exit-norm+distil:1 distil:0.5 gradual+distil:1 sampled"
 ).split()
 
 
