@@ -179,14 +179,14 @@ def _quiet() -> None:
 def spread(arguments: Sequence[str]) -> list[str]:
     """Write `--data a b c` as `--data a --data b --data c`, so that shell patterns work."""
     out: list[str] = []
-    inside = False
+    inside = ""
     for word in arguments:
-        if word == "--data":
-            inside = True
+        if word in ("--data", "--eval-data"):
+            inside = word
             continue
         if word.startswith("-"):
-            inside = False
-        out.extend(("--data", word) if inside else (word,))
+            inside = ""
+        out.extend((inside, word) if inside else (word,))
     return out
 
 

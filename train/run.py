@@ -15,7 +15,7 @@ from .adapters import exit_readout
 from .arguments import training_arguments
 from .checks import check_data, check_writable, checkpoint_to_resume
 from .config import TrainConfig
-from .data import load, texts_of
+from .data import hold_out, load, rows_of, sequences, texts_of
 from .models import load_model, new_model, new_tokenizer, read_shape
 from .objectives import Objective, parse
 from .packing import collator
@@ -39,7 +39,9 @@ def train(config: TrainConfig, method: str) -> Path:
     if bool(config.model) == bool(config.from_config):
         raise OptionError("give either MODEL, a directory or hub id, or --from-config FILE.")
     objective = parse(config.objective)
-    check_data(config.data)
+    check_data([*config.data, *config.eval_data])
+    if config.eval_data and config.eval_share:
+        raise OptionError("--eval-data and --eval-share both say what is held out; give one.")
     check_writable(config.out)
     resume = checkpoint_to_resume(config.out, config.resume)
     model, tokenizer = _start(config)
@@ -161,21 +163,26 @@ def _trainer(
 ) -> Any:
     from .trainer import SoFTTrainer
 
-    examples = load(
-        config.data,
-        tokenizer,
-        fitting(config.seq_len, model),
-        eos=config.eos,
-        packing=config.packing,
-        max_bad_rows=config.max_bad_rows,
+    rows, held_out = rows_of(config.data, config.max_bad_rows), []
+    if config.eval_data:
+        held_out = rows_of(config.eval_data, config.max_bad_rows)
+    elif config.eval_share:
+        rows, held_out = hold_out(rows, config.eval_share, config.seed)
+    length = fitting(config.seq_len, model)
+    examples, unseen = (
+        sequences(part, tokenizer, length, eos=config.eos, packing=config.packing) if part else None
+        for part in (rows, held_out)
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return SoFTTrainer(
         model=model,
-        args=training_arguments(config, partial=objective.partial),
+        args=training_arguments(config, partial=objective.partial, held_out=unseen is not None),
         train_dataset=examples,  # type: ignore[arg-type]
+        eval_dataset=unseen,  # type: ignore[arg-type]
         data_collator=collator(pad),
         exit_layers=layers,
         objective=objective,
         chunk_size=config.chunk_size,
+        log_dir=config.out if main_process() else None,
+        tensorboard=config.tensorboard,
     )
