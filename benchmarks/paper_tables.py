@@ -56,6 +56,7 @@ PLANS = {
     "questions": Plan(600, 10, 1.5e-3, 4, max_new_tokens=16, longest=(50, 25)),
     "instruct": Plan(800, 2, 1e-3, 4, max_new_tokens=40, longest=(120, 200), asked=60),
 }
+SCORES = "scores.json"
 QUICK = {"rows": 200, "epochs": 1, "held_out": 40, "asked": 8}
 
 
@@ -89,7 +90,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, nargs="*", default=[], help="question files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--objective", default="uniform", help="of SoFT; the paper's is uniform")
-    parser.add_argument("--extract", help="exits to train alone; default: all but full depth")
+    parser.add_argument("--extract", help="exits to train alone, or none; default: all but full")
+    parser.add_argument("--kept", action="store_true", help="only write tables of what is there")
     parser.add_argument("--quick", action="store_true", help="few rows, one epoch")
     return parser.parse_args()
 
@@ -158,7 +160,9 @@ def trained(
     folder = options.out / task / f"seed{seed}"
     base = settings_of(plan, options.base, data["train"], seed)
     inner = ",".join(map(str, exits))
-    alone = [int(e) for e in options.extract.split(",")] if options.extract else exits[:-1]
+    alone = exits[:-1]
+    if options.extract:
+        alone = [int(e) for e in options.extract.split(",") if e != "none"]
     more = {"exit_layers": inner}
     runs = {"sft": ("sft", {})}
     heads = {"model": str(folder / "sft"), "epochs": plan.epochs / 2, "lr": plan.ict_lr}
@@ -167,6 +171,8 @@ def trained(
     runs.update({f"extract{n}": ("extract", {"layers": n}) for n in alone})
     for row, (method, changes) in runs.items():
         out = folder / row
+        if options.kept and not (out / SCORES).is_file():
+            continue
         if not (out / RECORD).is_file():
             begun = any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
             config = replace(base, out=out, **changes)
@@ -181,7 +187,7 @@ def scores(
     task: str, seed: int, row: str, model_dir: Path, exits: list[int], data: dict, plan: Plan
 ) -> list[dict]:
     """One result per exit of one model, measured unless it is there."""
-    kept = model_dir / "scores.json"
+    kept = model_dir / SCORES
     if kept.is_file():
         return read_scores(kept)
     model, tokenizer = load_model(str(model_dir))
