@@ -24,12 +24,11 @@ import torch
 from transformers.utils import logging
 
 from adaptive_gen.exit_readouts import load_readouts
-from adaptive_gen.train.answering import answers, sub_model
+from adaptive_gen.train.asking import ask, asked, questions_in
 from adaptive_gen.train.checks import checkpoint_to_resume
 from adaptive_gen.train.config import TrainConfig
 from adaptive_gen.train.data import load
 from adaptive_gen.train.evaluate import evaluate
-from adaptive_gen.train.metrics import exact_match, f1, rouge_l
 from adaptive_gen.train.models import load_model
 from adaptive_gen.train.reading import read_json_rows
 from adaptive_gen.train.run import fitting, train
@@ -105,8 +104,8 @@ def prepare(folder: Path, files: list[Path], plan: Plan) -> dict[str, Path]:
         random.Random(0).shuffle(rows)
         folder.mkdir(parents=True, exist_ok=True)
         test, rest = rows[: plan.held_out], rows[plan.held_out :]
-        asked = {question_of(row) for row in test}  # no question stands on both sides
-        parts = {"train": [r for r in rest if question_of(r) not in asked][: plan.rows]}
+        known = {asked(row).question for row in test}  # no question stands on both sides
+        parts = {"train": [r for r in rest if asked(r).question not in known][: plan.rows]}
         for name, part in {**parts, "test": test}.items():
             write_text(found[name], "".join(json.dumps(row) + "\n" for row in part))
     return found
@@ -114,22 +113,9 @@ def prepare(folder: Path, files: list[Path], plan: Plan) -> dict[str, Path]:
 
 def fits(row: dict, plan: Plan) -> bool:
     """Whether question and answer are there, and short enough."""
-    texts = (question_of(row), answers_of(row)[0])
+    one = asked(row)
+    texts = ("", "") if one is None else (one.question, one.accepted[0])
     return all(0 < len(text) <= most for text, most in zip(texts, plan.longest, strict=True))
-
-
-def question_of(row: dict) -> str:
-    """What the user asks, as training writes it."""
-    if "question" in row:
-        return row["question"]
-    return "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
-
-
-def answers_of(row: dict) -> list[str]:
-    """The accepted answers; the first is the one that is learnt."""
-    if "question" in row:
-        return row.get("answers") or [row["answer"]]
-    return [row["output"]]
 
 
 def settings_of(plan: Plan, base: str, data: Path, seed: int) -> TrainConfig:
@@ -197,10 +183,8 @@ def scores(
     examples = load([data["test"]], tokenizer, fitting(512, model))
     measured = evaluate(model, examples, layers)
     # Held-out rows; of the questions also such that were trained on, as the paper scores recall.
-    asked = {name: read_json_rows(data[name]) for name in ("test", "train")}
-    asked = {name: list(rows)[: plan.asked] for name, rows in asked.items()}
-    if task == "instruct":
-        del asked["train"]
+    files = ("test",) if task == "instruct" else ("test", "train")
+    sets = {name: questions_in([data[name]], plan.asked) for name in files}
     found = []
     for score in measured.exits:
         result = {
@@ -212,20 +196,15 @@ def scores(
             "agreement": score.agreement,
             "tokens": measured.tokens,
         }
-        alone = sub_model(model, score.exit_layer)
-        for name, rows in asked.items():
-            said = answers(
-                alone,
-                tokenizer,
-                [question_of(r) for r in rows],
-                max_new_tokens=plan.max_new_tokens,
+        for name, rows in sets.items():
+            (one,) = ask(
+                model, tokenizer, rows, [score.exit_layer], max_new_tokens=plan.max_new_tokens
             )
-            pairs = list(zip(said, map(answers_of, rows), strict=True))
             if task == "instruct":
-                result["rouge_l"] = [rouge_l(a, accepted[0]) for a, accepted in pairs]
+                result["rouge_l"] = one.scores["rouge_l"]
             else:
-                result[f"exact_{name}"] = [exact_match(a, accepted) for a, accepted in pairs]
-                result[f"f1_{name}"] = [f1(a, accepted) for a, accepted in pairs]
+                result[f"exact_{name}"] = one.scores["exact_match"]
+                result[f"f1_{name}"] = one.scores["f1"]
         found.append(result)
     write_json(kept, found)
     return found

@@ -87,6 +87,8 @@ def evaluate_model(
     dtype: str = "float32",
     eos: bool = True,
     max_tokens: int = 0,
+    asked: int = 0,
+    max_new_tokens: int = 50,
 ) -> "Evaluation":
     """Load a model and data, and score the exits.
 
@@ -98,9 +100,12 @@ def evaluate_model(
         dtype: to run in.
         eos: whether plain-text documents end with the EOS token.
         max_tokens: cap on the tokens scored; 0 scores all.
+        asked: questions and instructions to answer in writing, as far as the data has any.
+        max_new_tokens: longest answer.
     """
     from adaptive_gen.losses import resolve_exits
 
+    from .asking import ask, questions_in
     from .evaluate import evaluate
 
     check_data(paths)
@@ -112,7 +117,11 @@ def evaluate_model(
     if max_tokens > 0:
         used = accumulate(len(e["input_ids"]) - 1 for e in examples)
         examples = examples[: max(1, sum(count <= max_tokens for count in used))]
-    return evaluate(model, examples, layers)
+    found = evaluate(model, examples, layers)
+    if asked and (rows := questions_in(paths, asked)):
+        answered = ask(model, tokenizer, rows, layers, max_new_tokens=max_new_tokens)
+        found = replace(found, answers=tuple(answered))
+    return found
 
 
 def fitting(seq_len: int, model: Any) -> int:
