@@ -15,6 +15,7 @@ from .decoder import Decoder, probe
 from .engine.backend import Backend
 from .engine.rules import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
+from .exit_readouts import load_readouts
 from .gate import Gate
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, attach, state
@@ -43,7 +44,8 @@ def wrap(
         model: any transformers causal LM that can be run layer by layer; it is probed for that. A
             PEFT model too: the causal LM inside it is wrapped, adapters and all.
         exit_layers: layers after which a token may leave, counts in 1..n_layers. Default: the
-            calibration's, else `model.config.exit_layers`, else the quarter points.
+            calibration's, else `model.config.exit_layers`, else those with readouts of their own,
+            else the quarter points.
         calibration: an artefact or the path of one.
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
         engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
@@ -82,7 +84,7 @@ def wrap(
     if exit_layers is None and calibration is not None:
         exit_layers = calibration.exit_layers
     if exit_layers is None:
-        exit_layers = getattr(decoder.config, "exit_layers", None)
+        exit_layers = getattr(decoder.config, "exit_layers", None) or list(decoder.own)
     exit_layers = exit_layers or exits.quarter_points(decoder.n_layers)
     normalised = exits.normalise(exit_layers, decoder.n_layers)
     probe(model, decoder)
@@ -213,6 +215,7 @@ def load(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        load_readouts(model, directory)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

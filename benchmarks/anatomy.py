@@ -53,7 +53,7 @@ def run(model: Any, name: str, rounds: int) -> dict[str, Any]:
 
     parts: dict[str, Callable[[], object]] = {
         **{f"pending_{n}": pass_of(block) for n, block in blocks.items()},
-        "readout": lambda: readout(blocks[1][0]),
+        "readout": lambda: readout(blocks[1][0], decoder.n_layers),
     }
     if isinstance(segment, FusedSegment):
         parts["products"] = _products(segment)

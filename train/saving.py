@@ -34,20 +34,20 @@ def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
     """Save beside the target and move file by file: a reader never sees half a model.
 
     Args:
-        model: its exit heads, if it has any, go into a file of their own.
+        model: readouts of its exits' own, if it has any, go into a file of their own.
         tokenizer: of the model.
         out: the directory, made if need be.
         notes: the record of the run.
     """
-    from . import exit_heads
+    from adaptive_gen import exit_readouts
 
     out.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # the Trainer turned it off
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as name:
         folder = Path(name)
-        if hasattr(model, exit_heads.NAME):
-            exit_heads.save_heads(model, folder)
-            delattr(model, exit_heads.NAME)
+        exit_readouts.save_readouts(model, folder)
+        if hasattr(model, exit_readouts.NAME):
+            delattr(model, exit_readouts.NAME)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, notes)

@@ -89,20 +89,34 @@ class Backend:
         ]
 
     @torch.no_grad()
-    def readout(self) -> Callable[[Tensor], Tensor]:
-        """Hidden states [rows, hidden] -> logits [rows, vocab], for the latest segments."""
+    def readout(self) -> Callable[[Tensor, int], Tensor]:
+        """(hidden states [rows, hidden], exit layer) -> logits, for the latest segments."""
+        shared = self._shared_readout()
+        if shared is None:
+            return self.decoder.readout
+        if not self.decoder.own:
+            return lambda hidden, _: shared(hidden)
+        own = self.decoder.own
+
+        def read(hidden: Tensor, exit_layer: int) -> Tensor:
+            return own[exit_layer](hidden) if exit_layer in own else shared(hidden)
+
+        return read
+
+    def _shared_readout(self) -> FusedReadout | None:
+        """The final norm and LM head prepared; None where the model's own have to do."""
         parts = self.decoder.plain_readout
         if self.name == "module" or parts is None or any(map(_hooked, parts)):
-            return self.decoder.readout
+            return None
         weights = [getattr(module, "weight", None) for module in parts]
         if any(type(w) is not nn.Parameter for w in weights) or self._too_large(weights):
-            return self.decoder.readout
+            return None
         signature = _signature(weights)
         if signature != self._readout_signature:
             self._readout, self._readout_signature = fuse_readout(*parts), signature
             if self._readout is not None and self.weights == "int8":
                 self._readout = quantised_readout(self._readout)
-        return self._readout or self.decoder.readout
+        return self._readout
 
     def _stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
         assert self._fused is not None
