@@ -154,15 +154,22 @@ class Calibration:
         return max(fast_enough, key=lambda p: (p.agreement, p.speedup))
 
 
-def save(calibration: Calibration, directory: str | os.PathLike[str]) -> Path:
+def save(
+    calibration: Calibration, directory: str | os.PathLike[str], option: str = "--out"
+) -> Path:
     """Write `calibration.json` into the model `directory`, whole or not at all.
+
+    Args:
+        calibration: what to write.
+        directory: where.
+        option: the command-line option that names another place, for the error.
 
     Raises:
         OutputError: the directory cannot be written.
     """
     path = Path(directory) / FILE_NAME
     document = {"version": VERSION, **dataclasses.asdict(calibration)}
-    with whole(path, "--out") as file:
+    with whole(path, option) as file:
         json.dump(document, file, indent=1)
         file.write("\n")
     return path

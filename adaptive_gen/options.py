@@ -153,7 +153,11 @@ def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    placed: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    placed: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        # Of several processes each has a GPU of its own.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        placed["device_map"] = "auto" if alone else {"": int(os.environ.get("LOCAL_RANK", "0"))}
     loaded, tokenizer = load(model, **placed, **keywords)
     small = loaded.config.get_text_config().hidden_size <= SMALL
     if loaded.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:

@@ -1,6 +1,7 @@
 """Options that commands of `calibrate` share, and their checks, made before a model is loaded."""
 
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -119,6 +120,15 @@ def check_level(value: float) -> None:
         raise OptionError(
             f"--confidence-level {value:g} is out of range; give {LEAST_LEVEL:g} or more and less "
             "than 1, such as 0.95."
+        )
+
+
+def check_alone(command: str) -> None:
+    """Raise `OptionError` where several processes were started for what one has to measure."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            f"`calibrate {command}` measures speed and runs in one process. Start several for "
+            "`calibrate collect --work DIR` alone, then give the same --work here."
         )
 
 

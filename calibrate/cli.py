@@ -13,6 +13,7 @@ import typer
 from adaptive_gen import calibration as artefact
 from adaptive_gen import exits, ui
 from adaptive_gen.errors import OutputError
+from adaptive_gen.files import whole
 from adaptive_gen.options import Json, Model, load_model
 from adaptive_gen.terminal import run_app
 
@@ -52,6 +53,7 @@ def run(
 ) -> None:
     """Calibrate a model on this device and write its calibration.json: all stages in turn."""
     aim = choices.target(target_speedup, latency_ms, max_disagreement, max_risk)
+    choices.check_alone("run")
     choices.check("--loss", loss, choices.LOSSES)
     choices.check("--confidence", confidence, choices.MEASURES)
     choices.check("--kv", kv, choices.KV)
@@ -92,16 +94,24 @@ def run(
 
 
 def write(found: artefact.Calibration, directory: Path, work: Path) -> None:
-    """Write a calibration and its evidence into the model directory."""
+    """Write a calibration and its evidence into the model directory.
+
+    Raises:
+        OutputError: it cannot be written; what was found is still in `work`.
+    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        evidence = directory / tables.EVIDENCE
-        shutil.copyfile(work / "evidence.json", evidence)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write into {directory}: {error.strerror}. Name another with --out."
-        ) from None
-    path = artefact.save(found, directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make {directory}: {error.strerror}. Name another with --out."
+            ) from None
+        with whole(directory / tables.EVIDENCE, "--out", "wb") as file:
+            file.write((work / "evidence.json").read_bytes())
+        path = artefact.save(found, directory)
+    except OutputError:
+        ui.note(f"the finished calibration.json is in {work}, with its evidence.json")
+        raise
     if found.point.speedup < 1:
         ui.note(
             f"this setting is slower than full depth on this device ({found.point.speedup:.2f}x): "
@@ -138,3 +148,7 @@ for stage in stage_commands.COMMANDS:
 def main() -> None:
     """Run the command line."""
     run_app(app, "calibrate")
+
+
+if __name__ == "__main__":
+    main()

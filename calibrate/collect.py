@@ -1,8 +1,10 @@
 """Collecting traces: decode at full depth, then read every exit out along the finished text.
 
-With a directory, finished shards are kept there: a second call does only what is missing.
+With a directory, finished shards are kept there: a second call does only what is missing. Several
+processes, as `accelerate launch` and `torchrun` start them, share the shards of one directory out.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from adaptive_gen.confidence import MEASURES
 from adaptive_gen.decoder import Decoder
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.errors import CalibrationError
+from adaptive_gen.errors import CalibrationError, OptionError
 from adaptive_gen.paired import generate
 from adaptive_gen.ui import progress
 
@@ -41,11 +43,18 @@ def collect(
         work: where shards are kept; they must be of this model and these prompts.
     """
     decoder = Decoder(model)
-    starts = range(0, len(prompts), SHARD)
+    workers = _workers(work)
+    index, count = (0, 1) if workers is None else (workers.process_index, workers.num_processes)
+    if work is not None and index == 0:
+        for part in work.glob(".*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
+    if workers is not None:
+        workers.wait_for_everyone()
+    starts = range(index * SHARD, len(prompts), count * SHARD)
     bar = progress(starts, f"collecting traces of {len(prompts)} prompts", total=len(starts))
-    found = []
+    found = {}
     for start in bar:
-        path = None if work is None else work / f"traces-{start // SHARD:05d}.npz"
+        path = _path(work, start)
         shard = None if path is None else _finished(path)
         if shard is None:
             part = prompts[start : start + SHARD]
@@ -53,8 +62,30 @@ def collect(
             shard = traces.join(rows)
             if path is not None:
                 traces.save(shard, path)
-        found.append(shard)
-    return traces.join(found)
+        found[start] = shard
+    if workers is not None:
+        workers.wait_for_everyone()
+    for start in range(0, len(prompts), SHARD):  # those of the others
+        if start not in found:
+            path = _path(work, start)
+            assert path is not None
+            found[start] = traces.load(path)
+    return traces.join([found[start] for start in sorted(found)])
+
+
+def _path(work: Path | None, start: int) -> Path | None:
+    return None if work is None else work / f"traces-{start // SHARD:05d}.npz"
+
+
+def _workers(work: Path | None) -> Any:
+    """The processes that collect together; None for one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if work is None:
+        raise OptionError("several processes need one directory to collect in; give --work.")
+    from accelerate import PartialState
+
+    return PartialState()
 
 
 def _finished(path: Path) -> Trace | None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from adaptive_gen import calibration as artefact
 from adaptive_gen.bench import environment
 from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.settings import state
@@ -98,6 +99,7 @@ def verify_stage(
     result = dataclasses.replace(base, points=tuple(points), default=default, batches=gains)
     state(model).calibration = result
     store.write("evidence", evidence.gather(tokenizer, unseen, found, chosen, arena))
+    artefact.save(result, store.directory, "--work")
     return result
 
 

@@ -1,5 +1,6 @@
 """The stages of a calibration as commands, each reading what the ones before it left in --work."""
 
+import os
 from typing import Any
 
 from adaptive_gen import exits, ui
@@ -32,7 +33,8 @@ def collect(
     options = Options(kv=kv, max_new_tokens=max_new_tokens, seed=seed)
     store = Store(work, job(loaded, tokenizer, asked, options))
     trace = collect_stage(loaded, tokenizer, asked, options, store)
-    ui.note(f"{trace.tokens} tokens of {len(trace.lengths)} texts in {work}")
+    if os.environ.get("RANK", "0") == "0":
+        ui.note(f"{trace.tokens} tokens of {len(trace.lengths)} texts in {work}")
 
 
 def profile(work: choices.Work, model: Model = None) -> None:
