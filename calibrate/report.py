@@ -16,6 +16,12 @@ from .style import STYLE
 from .tables import EVIDENCE, threshold
 
 PAGE = "calibration.html"
+# What a certificate is sure of, before all that it depends on.
+PLAINLY = {
+    "prefix": "that on average at most {:.0%} of a text come after a first other token",
+    "exact": "that at most {:.0%} of texts change",
+    "rouge": "that 1 - ROUGE-L is at most {:g} on average",
+}
 
 
 def write_page(directory: Path, out: Path | None) -> Path:
@@ -96,14 +102,14 @@ def _head(found: Calibration) -> str:
         if certificate is None
         else (
             f"{certificate.level:.0%} sure",
-            f"of a loss of at most {certificate.max_risk:g}",
+            PLAINLY[certificate.loss].format(certificate.max_risk),
             f"certified on {certificate.prompts} prompts; see below",
         )
     )
     numbers = [
         ("How fast?", f"{point.speedup:.2f}x", "as fast as the full model", spread),
         ("How faithful?", f"{point.agreement:.1%}", "of tokens", "are the full model's own choice"),
-        ("", same[0], "of whole texts stay the same", same[1]),
+        ("And whole texts?", same[0], "of texts stay the same", same[1]),
         ("How sure?", *sure),
     ]
     cards = "".join(
@@ -154,7 +160,8 @@ def _path(found: Calibration) -> str:
     return _section(
         "How the certificate was reached",
         "Settings were put in order on other prompts, careful ones first, and then tested one by "
-        "one. The first that could not be certified ended the test; all before it hold.",
+        "one. Being below the limit is not enough: it has to be by more than chance explains. The "
+        "first setting for which it was not ended the test; all before it hold.",
         figures.path(certificate),
     )
 
