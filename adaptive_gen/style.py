@@ -15,7 +15,7 @@ section{margin-top:36px}section>svg{max-width:760px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:22px 0}
 .card{background:var(--panel);border:1px solid var(--rule);border-radius:10px;padding:14px 16px}
 .card b{display:block;font-size:1.9rem;line-height:1.2}.card span{display:block}
-.card small{color:var(--soft)}
+.card small,.card i{color:var(--soft)}.card i{font-style:normal;font-size:.85rem}
 .note{background:var(--panel);border-left:4px solid var(--f);padding:10px 14px;max-width:none}
 .note.good{border-color:var(--c)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 36px}

@@ -1,6 +1,7 @@
 """The whole calibration, stage by stage."""
 
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from adaptive_gen.calibration import Calibration
 from adaptive_gen.prompts import Prompt
 from adaptive_gen.settings import state
+from adaptive_gen.ui import note
 
 from .finish import draft, verify_stage
 from .stages import (
@@ -70,12 +72,40 @@ def _run(
 ) -> Calibration:
     # A former calibration must not colour this one: traces and timing are of the raw model.
     state(model).calibration = None
+    lap = Lap()
     trace = collect_stage(model, tokenizer, prompts, options, store)
+    lap("collect")
     cost = profile_stage(model, trace, options, store)
+    lap("profile")
     found = search_stage(model, trace, cost, target, options, store)
     state(model).calibration = draft(model, trace, found, cost, options, store.job)
+    lap("search")
     steps = []
     if found.promise is not None:
         estimates = replay_stage(model, trace, found, options, store)
+        lap("replay")
         steps = certify_stage(model, trace, found, estimates, options, store)
-    return verify_stage(model, tokenizer, trace, found, steps, options, store)
+        lap("certify")
+    result = verify_stage(model, tokenizer, trace, found, steps, options, store)
+    lap("verify")
+    lap.tell()
+    return result
+
+
+class Lap:
+    """Seconds that each stage took."""
+
+    def __init__(self):
+        """Start the clock."""
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str) -> None:
+        """A stage has ended."""
+        now = time.perf_counter()
+        self._seconds[stage] = now - self._last
+        self._last = now
+
+    def tell(self) -> None:
+        """Say where the time went."""
+        note("; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self._seconds.items()))

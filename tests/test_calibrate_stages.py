@@ -126,3 +126,28 @@ def test_the_page_shows_the_figures_and_runs_no_text_as_code():
     assert "<script" not in page and "&lt;script&gt;" in page and "b &amp; c" in page
     assert "1.10x" in page and "99.0%" in page and page.count("<svg") == 5
     assert "http" not in page, "it loads nothing"
+
+
+def test_a_risk_of_whole_texts_is_certified_by_decoding(calibrate, model_dir, many, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    risk = ["--max-risk", 0.95, "--loss", "rouge", "--confidence-level", 0.6]
+    settings = ["--prompts", many, "--max-new-tokens", 4, "--exit-layers", "1,3", "--out", out]
+    code, _, err = calibrate("run", model_dir, *risk, *settings)
+    assert code == 0, err
+    certificate = artefact.load(out).point.certificate
+    assert certificate is not None and certificate.loss == "rouge"
+    assert certificate.prompts == 48 and certificate.test == "betting"
+    assert certificate.decoded_risk == pytest.approx(certificate.risk), "the same texts twice"
+    assert "ROUGE-L" in certificate.statement("recompute", {})
+
+
+def test_a_latency_is_a_target(calibrate, model_dir, many, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    settings = ["--prompts", many, "--max-new-tokens", 4, "--exit-layers", "1,3", "--out", out]
+    code, _, err = calibrate("run", model_dir, "--latency-ms", 1e6, *settings)
+    assert code == 0, err
+    point = artefact.load(out).point
+    assert point.latency_ms is not None and 0 < point.latency_ms <= 1e6
+    code, _, err = calibrate("run", model_dir, "--latency-ms", 1e-6, *settings)
+    *_, last = err.splitlines()
+    assert code == 1 and "--latency-ms 1e-06 cannot be reached" in last and "ms a token" in last
