@@ -59,6 +59,8 @@ def train(config: TrainConfig, method: str) -> Path:
 
         model = add_adapter(model, config.adapter)
     trainer = _trainer(config, model, tokenizer, layers, objective)
+    if trainer.is_fsdp_enabled and (config.adapter or kind):
+        raise OptionError("adapters and heads of the exits' own are not sharded; use DDP for them.")
     if config.from_config and main_process():
         tokenizer.save_pretrained(config.out)  # a resumed run must not learn another BPE
     if config.compile:
@@ -66,6 +68,7 @@ def train(config: TrainConfig, method: str) -> Path:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    weights = trainer.gathered()
     if config.adapter and not kind:
         from .adapters import merged
 
@@ -74,7 +77,8 @@ def train(config: TrainConfig, method: str) -> Path:
         model.config.exit_layers = list(layers)
         model.config.exit_objective = str(objective)
     if main_process():
-        save(model, tokenizer, config.out, record(config, method, objective, trainer))
+        notes = record(config, method, objective, trainer)
+        save(model, tokenizer, config.out, notes, weights)
     return config.out
 
 

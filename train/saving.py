@@ -30,7 +30,13 @@ def record(config: TrainConfig, method: str, objective: Objective, trainer: Any)
     }
 
 
-def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    notes: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Save beside the target and move file by file: a reader never sees half a model.
 
     Args:
@@ -38,6 +44,7 @@ def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
         tokenizer: of the model.
         out: the directory, made if need be.
         notes: the record of the run.
+        weights: the state dict, where the model's parameters are shards; None takes the model's.
     """
     from adaptive_gen import exit_readouts
 
@@ -48,7 +55,7 @@ def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
         exit_readouts.save_readouts(model, folder)
         if hasattr(model, exit_readouts.NAME):
             delattr(model, exit_readouts.NAME)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, notes)
         # The record goes last: where it lies, all of the model does.

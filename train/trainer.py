@@ -134,6 +134,12 @@ class SortedTraining:
 
     def _held_out(self, input_ids: Any, labels: Any, **inputs: Any) -> Any:
         """Mean over exits of one held-out batch's cross-entropy."""
+        loader = self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            # Processes take equally many sequences: what repeats an earlier one counts for nothing.
+            here = torch.arange(len(labels), device=labels.device)
+            here += self.accelerator.process_index * len(labels)
+            labels = labels.masked_fill((here >= loader.remainder)[:, None], IGNORE)
         labelled = (labels[:, 1:] != IGNORE).sum()
         result = score_exits(
             readouts(self._bare, self.exit_layers),
@@ -142,9 +148,9 @@ class SortedTraining:
             exit_weights(self.exit_layers, None),
             chunk_size=self.chunk_size,
         )
-        sums = torch.stack([result.per_exit[e] for e in self.exit_layers]) * labelled
+        sums = torch.stack([result.per_exit[e] for e in self.exit_layers]).nan_to_num() * labelled
         self._unseen.append(torch.cat([sums.double(), labelled[None].double()]))
-        return result.loss
+        return result.loss.nan_to_num()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score the held-out sequences; the time that takes is not training's."""
@@ -210,6 +216,15 @@ class SoFTTrainer(SortedTraining, Trainer):
         """Train; the first Ctrl-C ends it with a checkpoint."""
         with self._stop:
             return super().train(*args, **kwargs)
+
+    def gathered(self) -> dict[str, Any] | None:
+        """All weights where processes hold shards of them; every process has to ask.
+
+        None where the model holds its weights itself, and in all processes but the first.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        return self.accelerator.get_state_dict(self.model_wrapped) or None
 
     @property
     def interrupted(self) -> bool:
