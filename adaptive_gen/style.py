@@ -36,7 +36,10 @@ svg{width:100%;height:auto;display:block}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;width:100%}
 th,td{border-bottom:1px solid var(--rule);padding:6px 10px;text-align:left;vertical-align:top}
 th{color:var(--soft);font-weight:600}.chosen td{font-weight:700;background:var(--panel)}
-.texts td{white-space:pre-wrap;min-width:220px;width:33%}
+.texts td{white-space:pre-wrap;width:38%}.texts td:first-child{width:24%;color:var(--soft)}
+@media (max-width:680px){.texts tr,.texts td{display:block;width:auto!important;border:0}
+.texts tr{border-bottom:1px solid var(--rule)}.texts th{display:none}
+.texts td::before{content:attr(data-of);display:block;color:var(--soft);font-size:.8rem}}
 mark{background:color-mix(in srgb,var(--b) 22%,transparent);color:inherit}
 details{margin-top:36px;color:var(--soft)}pre{white-space:pre-wrap;font-size:.8rem}
 """

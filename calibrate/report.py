@@ -252,9 +252,11 @@ def _point(point: OperatingPoint, chosen: bool) -> str:
 
 def _worst(evidence: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(row['prompt'])}</td>"
-        f"<td>{escape(row['shared'])}<mark>{escape(row['adaptive'])}</mark></td>"
-        f"<td>{escape(row['shared'])}<mark>{escape(row['full_depth'])}</mark></td></tr>"
+        f"<tr><td data-of=prompt>{escape(row['prompt'])}</td>"
+        f"<td data-of='adaptive depth'>{escape(row['shared'])}"
+        f"<mark>{escape(row['adaptive'])}</mark></td>"
+        f"<td data-of='full model'>{escape(row['shared'])}"
+        f"<mark>{escape(row['full_depth'])}</mark></td></tr>"
         for row in evidence["worst"]
     )
     return _section(
