@@ -52,6 +52,7 @@ class Report:
     engine: str = "module"  # the back end that ran the layers
     rows: int = 1
     layers_run: int = 0  # while decoding: layers whose weights were read, over all passes
+    warm_up_s: float = 0.0  # of the two times above: capturing what later calls only replay
 
     @property
     def tokens_per_s(self) -> float:

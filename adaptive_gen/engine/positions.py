@@ -49,7 +49,8 @@ class Positions:
         self.types = sorted(set(self.layer_types))
         rope = getattr(self._rotary, "rope_type", "default")
         rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}
-        self._tabled = rope_types <= _STATIC_ROPE
+        # Whether one table of rotary embeddings serves texts of any length.
+        self.tabled = rope_types <= _STATIC_ROPE
         self._table: Block | None = None
 
     def block(self, hidden: Tensor, where: Span | int, boolean: bool = False) -> Block:
@@ -62,7 +63,7 @@ class Positions:
         """
         if isinstance(where, int):
             where = Span((where,), (hidden.shape[1],))
-        if not self._tabled:
+        if not self.tabled:
             ids = where.positions(hidden.device)
             embeddings = self._embed(hidden, ids)
         else:
@@ -75,6 +76,15 @@ class Positions:
         attention = "sdpa" if boolean else self._config._attn_implementation
         masks = {kind: self._mask(kind, attention, hidden, where, ids) for kind in self.types}
         return Block(ids, embeddings, masks)
+
+    def table(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of the positions below `length`, [length, head_dim] each.
+
+        Only where one table serves all layers and lengths.
+        """
+        ids = torch.arange(length, device=hidden.device)[None]
+        cos, sin = self._embed(hidden, ids)[self.types[0]]
+        return cos[0], sin[0]
 
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self.rotary_by_type:
