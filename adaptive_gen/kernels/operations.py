@@ -1,8 +1,10 @@
-"""Which implementation of every operation runs: torch's, so far."""
+"""Which implementation of every operation runs: Triton's where it can, torch's elsewhere."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import plain
@@ -25,4 +27,21 @@ PLAIN = Operations("torch", plain.project, plain.gated, plain.write, plain.atten
 
 def best_for(like: Tensor) -> Operations:
     """The operations for tensors `like` this one."""
-    return PLAIN
+    known = like.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if like.device.type != "cuda" or not known or importlib.util.find_spec("triton") is None:
+        return PLAIN
+    return triton()
+
+
+def triton() -> Operations:
+    """The Triton kernels."""
+    from . import attention, head, projection, rotary
+
+    return Operations(
+        "triton",
+        projection.project,
+        projection.gated,
+        rotary.write,
+        attention.attend,
+        head.read_out,
+    )
