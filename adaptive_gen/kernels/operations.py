@@ -26,8 +26,11 @@ PLAIN = Operations("torch", plain.project, plain.gated, plain.write, plain.atten
 
 
 def best_for(like: Tensor) -> Operations:
-    """The operations for tensors `like` this one."""
-    known = like.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    """The operations for tensors `like` this one.
+
+    The kernels' tiles are sized for 16 bits; float32's would not fit every GPU's shared memory.
+    """
+    known = like.dtype in (torch.bfloat16, torch.float16)
     if like.device.type != "cuda" or not known or importlib.util.find_spec("triton") is None:
         return PLAIN
     return triton()
