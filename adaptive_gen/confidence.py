@@ -5,8 +5,8 @@ in [0, 1], higher = surer, and is invariant to adding a constant to the logits.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,25 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_prob": max_prob,
     "entropy": entropy,
 }
+
+
+class Summary(NamedTuple):
+    """What one pass over the logits of a token finds: enough for every measure of them."""
+
+    top: float  # the largest logit
+    second: float  # the second largest; equal to it in a tie
+    token: float  # the id of the largest, the first of equals
+    total: float  # logsumexp
+    entropy: float  # in nats
+
+
+def of_summary(name: str, summary: Summary, vocab: int) -> float:
+    """The measure `name` of `MEASURES` from a summary of logits over `vocab` tokens."""
+    if name == "entropy":
+        return min(1.0, max(0.0, 1 - summary.entropy / math.log(vocab)))
+    largest = math.exp(summary.top - summary.total)
+    return largest if name == "max_prob" else largest - math.exp(summary.second - summary.total)
+
 
 GATE = "gate"
 Maps = Mapping[str, Mapping[int, Callable[[float], float]]]
@@ -88,6 +107,18 @@ class Confidences:
         """The confidence in each row of logits [rows, vocab], by another `measure` if named."""
         name = measure or self.measure
         return self._mapped(name, MEASURES[name](logits).tolist(), exit_layer)
+
+    def of_summaries(
+        self,
+        summaries: Sequence[Summary],
+        vocab: int,
+        exit_layer: int,
+        measure: str | None = None,
+    ) -> list[float]:
+        """The confidence in each summarised row of logits, as calling with the logits gives it."""
+        name = measure or self.measure
+        raw = [of_summary(name, summary, vocab) for summary in summaries]
+        return self._mapped(name, raw, exit_layer)
 
     def _mapped(self, name: str, raw: list[float], exit_layer: int) -> list[float]:
         by_layer = self.maps.get(name, {})

@@ -22,7 +22,6 @@ from transformers.generation.streamers import BaseStreamer
 from .audit import Auditor, GuardedPolicy
 from .drafting import Draft, DraftLength, confirm
 from .engine.backend import Backend
-from .engine.cache import KVCache
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
@@ -70,17 +69,20 @@ class TokenLoop:
         guard = (
             None if settings.audit_floor is None else GuardedPolicy(policy, settings.audit_floor)
         )
-        cache = KVCache(backend.decoder.n_layers, max(lengths) + room, batch=len(lengths))
+        self._backend, self._warm_up_s = backend, backend.warm_up_s
+        segments, readout = backend.segments(settings.exit_layers), backend.readout()
         if past is not None:
             cache = past.take(backend.decoder, input_ids[0, -lengths[0] :])
+        else:
+            cache = backend.cache(max(lengths) + room, len(lengths))
         self.scheduler = Scheduler(
             backend.decoder,
-            backend.segments(settings.exit_layers),
+            segments,
             cache,
             guard or policy,
-            settings.confidences,
+            backend.confidences(settings.confidences),
             settings.rules,
-            backend.readout(),
+            readout,
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None
@@ -277,6 +279,7 @@ class TokenLoop:
             layers_run=self.scheduler.layers_run,
             certificate=self.settings.certificate,
             unchecked=self.settings.unchecked,
+            warm_up_s=self._backend.warm_up_s - self._warm_up_s,
         )
 
     def cache(self) -> AdaptiveCache | None:

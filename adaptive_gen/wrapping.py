@@ -50,7 +50,8 @@ def wrap(
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
         engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
             (CPU, float32 and float64), "module" calls the model's own layers, "auto" takes the
-            first where it can.
+            first where it can. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is
+            the same without capturing, on any device.
         weights: "own", or "int8": `fused` reads weights rounded to 8 bits, faster and not quite the
             same model (the README says by how much). The model's own weights stay as they are.
 

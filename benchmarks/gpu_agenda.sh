@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu_agenda.sh [OUT_DIR]      default: benchmarks/results
 #
-# First the GPU tests, then what the hardware gives, then the mechanism track on two true shapes, the
-# built-in model last. Needs CUDA, torch >= 2.11, transformers >= 5.17 and this package's other
+# First the GPU tests, then what the hardware gives, then the graphs back end against its bars on two
+# true shapes, the mechanism track and the built-in model last. Needs CUDA, torch >= 2.11, transformers >= 5.17 and this package's other
 # requirements, already installed: nothing is fetched. Writes OUT_DIR/gpu-tests.log and
 # OUT_DIR/<date>-<device>*.json. A step that fails or takes too long does not stop the next one.
 set -euo pipefail
@@ -25,14 +25,18 @@ cp -r tests benchmarks "$site"
 cd "$site"
 status=0
 
-timeout 150 python3 -m pytest tests -m gpu -q -o addopts= \
-    -o markers="gpu: needs a CUDA device" -p no:cacheprovider --ignore=tests/test_repo.py 2>&1 | tee "$out/gpu-tests.log" || status=$?
+timeout 120 python3 -m pytest tests -m gpu -q -o addopts= \
+    -o markers="gpu: needs a CUDA device" -p no:cacheprovider --ignore=tests/test_repo.py \
+    2>&1 | tee "$out/gpu-tests.log" || status=$?
 
 suite() {  # SECONDS OPTIONS...
     timeout "$1" python3 -m benchmarks.suite --device cuda --out "$out" "${@:2}" || status=$?
 }
 suite 45 --track micro
-suite 250 --track mechanism --shape Llama-3.2-1B --shape Llama-2-13B --tokens 48 --rounds 2
+for shape in Llama-3.2-1B Llama-2-13B; do
+    suite 90 --track gpu --shape "$shape" --tokens 64 --rounds 3
+done
+suite 150 --track mechanism --shape Llama-3.2-1B --tokens 48 --rounds 2 --no-compile
 suite 75 --track end_to_end --prompts 4 --tokens 32 --rounds 1 --no-compile
 
 exit "$status"

@@ -1,7 +1,7 @@
 """What the hardware gives: bandwidth, skinny matrix products, graph nodes, the host's round trip.
 
-The numbers that the engine's design rests on; none of them runs the engine. Not here: conditional
-graph nodes (IF, SWITCH, WHILE), which torch has no public API for.
+The numbers that the engine's design rests on; none of them runs the engine. A part that fails
+leaves its reason in place of its figures.
 """
 
 import time
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .conditional import if_node_us
 from .shapes import BY_NAME
 
 ROWS = (1, 4, 16, 64)
@@ -20,15 +21,22 @@ NODES = 100
 
 def run(device: str) -> dict[str, Any]:
     """All of them; those that need a GPU are left out on a CPU."""
-    found: dict[str, Any] = {
-        "copy_gb_per_s": copy_bandwidth(device),
-        "matrix_products": _matrix_products(device),
+    parts: dict[str, Callable[[], Any]] = {
+        "copy_gb_per_s": lambda: copy_bandwidth(device),
+        "matrix_products": lambda: _matrix_products(device),
     }
     if device == "cuda":
-        found |= {
-            "graph_node_us": _graph_node_us(),
-            "host_round_trip_us": _host_round_trips_us(),
+        parts |= {
+            "graph_node_us": _graph_node_us,
+            "if_node_us": lambda: if_node_us(seconds),
+            "host_round_trip_us": _host_round_trips_us,
         }
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            found[name] = part()
+        except Exception as error:
+            found[name] = {"failed": f"{type(error).__name__}: {error}"}
     return found
 
 

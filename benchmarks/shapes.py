@@ -51,7 +51,12 @@ BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE)}
 
 
 def build(
-    shape: Shape, exit_layers: Iterable[int], device: str, dtype: torch.dtype, seed: int = 0
+    shape: Shape,
+    exit_layers: Iterable[int],
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    engine: str = "auto",
 ) -> Any:
     """A wrapped random model whose layers behind the first of `exit_layers` add nothing.
 
@@ -61,6 +66,7 @@ def build(
         device: "cpu" or "cuda".
         dtype: of the weights.
         seed: of the weights.
+        engine: see `adaptive_gen.wrap`.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -83,7 +89,7 @@ def build(
         for layer in model.model.layers[layers[0] :]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    return adaptive_gen.wrap(model, layers)
+    return adaptive_gen.wrap(model, layers, engine=engine)
 
 
 def truncated(model: Any, layers: int) -> Any:

@@ -23,10 +23,10 @@ import adaptive_gen
 from adaptive_gen import bench, ui
 from adaptive_gen.prompts import bench_prompts
 
-from . import anatomy, end_to_end, figure, mechanism, micro, modes, sweep
+from . import anatomy, end_to_end, figure, gpu, mechanism, micro, modes, sweep
 from .shapes import BY_NAME, SMALL, TRUE, Shape, build
 
-TRACKS = ("mechanism", "end_to_end", "modes", "sweep", "anatomy", "micro")
+TRACKS = ("mechanism", "end_to_end", "modes", "sweep", "anatomy", "micro", "gpu")
 Save = Callable[[Any], None]
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +42,7 @@ def main() -> None:
         "modes": _modes,
         "sweep": _sweep,
         "anatomy": _anatomy,
+        "gpu": _gpu,
         "micro": lambda args, save: save(micro.run(args.device)),
     }
     for track in args.track or TRACKS[:2]:
@@ -181,6 +182,17 @@ def _sweep(args: argparse.Namespace, save: Save) -> None:
             for point in found
         ),
     )
+
+
+def _gpu(args: argparse.Namespace, save: Save) -> None:
+    found = []
+    for shape in _shapes(args, TRUE if args.device == "cuda" else SMALL[:1]):
+        found.append(gpu.run(shape, args.device, tokens=args.tokens, rounds=args.rounds))
+        save(found)
+        rows = ((row["bar"], row["wanted"], row["measured"]) for row in found[-1]["bars"])
+        label = shape.name if args.device == "cuda" else f"{shape.name}, a rehearsal on a CPU"
+        ui.table(label, ("bar", "wanted", "measured"), rows)
+        _free()
 
 
 def _shapes(args: argparse.Namespace, default: Sequence[Shape]) -> list[Shape]:

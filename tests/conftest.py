@@ -16,6 +16,11 @@ import socket
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before transformers imports Triton: kernels are made for the interpreter or for a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -3,7 +3,7 @@
 import families
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, FUSED
 
 import adaptive_gen
 
@@ -37,3 +37,46 @@ def test_half_precision_models_decode(dtype):
     model = adaptive_gen.wrap(families.make("llama", dtype).cuda())
     out = model.generate(PROMPT.cuda(), adaptive=True, threshold=0.3, max_new_tokens=8)
     assert out.shape == (1, PROMPT.shape[1] + 8)
+
+
+GRAPHED = [family for family in FUSED if not FAMILIES[family].keys_by_length]
+
+
+@pytest.mark.parametrize("mode", [{}, {"kv": "propagate"}, {"lossless": True}, {"audit": True}])
+@pytest.mark.parametrize("family", GRAPHED)
+def test_captured_steps_are_the_module_back_end(family, mode):
+    outputs = []
+    for engine in ("graphs", "module"):
+        model = families.make(family, torch.float64).cuda()
+        model = adaptive_gen.wrap(model, [2, 4], engine=engine)
+        out = model.generate(
+            PROMPT.cuda(),
+            adaptive=True,
+            threshold=0.3,
+            max_new_tokens=48,
+            return_dict_in_generate=True,
+            **mode,
+        )
+        assert out.report.engine == engine
+        outputs.append((out.sequences.tolist(), out.exit_layers.tolist()))
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lossless_in_half_precision_is_the_same_engines_greedy(dtype):
+    model = adaptive_gen.wrap(families.make("llama", dtype).cuda(), [2, 4], engine="graphs")
+    settings = {"max_new_tokens": 64, "adaptive": True, "do_sample": False}
+    greedy = model.generate(PROMPT.cuda(), threshold=1.0, **settings)
+    drafted = model.generate(PROMPT.cuda(), threshold=0.3, lossless=True, **settings)
+    assert torch.equal(drafted, greedy)
+
+
+def test_graphs_are_captured_once_and_the_seconds_are_reported():
+    model = families.make("llama", torch.bfloat16).cuda()
+    model = adaptive_gen.wrap(model, [2, 4], engine="graphs")
+    settings = {"max_new_tokens": 8, "adaptive": True, "threshold": 0.3}
+    spent = [
+        model.generate(PROMPT.cuda(), return_dict_in_generate=True, **settings).report.warm_up_s
+        for _ in range(2)
+    ]
+    assert spent[0] > 0 and spent[1] == 0

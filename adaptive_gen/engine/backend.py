@@ -6,15 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..confidence import Confidences
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
+from . import graphs
+from .cache import KVCache
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked
+from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
+from .recorder import Direct
 from .segment import Segment, module_segments
 from .workspace import Workspace
 
-ENGINES = ("auto", "fused", "module")
+# What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
+# it has been measured on a GPU; docs/gpu.md says what is missing.
+TRIED = {
+    "auto": ("fused",),
+    "graphs": ("graphs",),
+    "static": ("static",),
+    "fused": ("fused",),
+    "module": (),
+}
+ENGINES = tuple(TRIED)
+ON_SLABS = ("graphs", "static")  # back ends that keep their state at fixed addresses
 WEIGHTS = ("own", "int8")
 # `fused` works on copies of the layers' weights; beyond this they are only made when asked for.
 MOST_COPIED_BYTES = 2 << 30
@@ -34,10 +49,16 @@ def _signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
     return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
-class Backend:
-    """Makes segments for one model: fused where that is possible and wanted, else module.
+def _addresses(weights: Sequence[Any]) -> list[int]:
+    """Changes when weights were put elsewhere; what was captured reads the old place."""
+    return [w.data_ptr() for w in weights]
 
-    `name` is the back end the latest segments run on, and `reason` why that is not `fused`.
+
+class Backend:
+    """Makes segments for one model: on the back end that is wanted, if it can, else on module.
+
+    `name` is the back end the latest segments run on, and `reason` why that is not one tried
+    before it.
     """
 
     def __init__(self, decoder: Decoder, engine: str = "auto", weights: str = "own"):
@@ -45,48 +66,69 @@ class Backend:
 
         Args:
             decoder: the model.
-            engine: "auto" takes `fused` if it can; "fused" insists; "module" never does.
+            engine: "auto" takes `fused` if it can; "fused", "graphs" and "static" insist; "module"
+                is the model's own layers.
             weights: "own" are the model's; "int8" are rounded to 8 bits, which insists on `fused`.
         """
         for name, value, known in (("engine", engine, ENGINES), ("weights", weights, WEIGHTS)):
             if value not in known:
                 raise OptionError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
+        if weights == "int8" and engine not in ("auto", "fused"):
+            raise OptionError(
+                f"weights='int8' is for the back end fused, not for engine={engine!r}; leave one "
+                "of the two out."
+            )
         self.decoder, self.engine, self.weights = decoder, engine, weights
         self.name, self.reason = "module", ""
-        self._signature: Any = None
-        self._cause = ""
+        self._signatures: dict[str, Any] = {}
+        self._causes: dict[str, str] = {}
         self._fused: FusedModel | None = None
+        self._graphs: Graphs | None = None
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._readout_signature: Any = None
-        self._readout: FusedReadout | None = None
+        self._readout: FusedReadout | GraphReadout | None = None
+
+    @property
+    def warm_up_s(self) -> float:
+        """Seconds spent so far on capturing graphs."""
+        return 0.0 if self._graphs is None else self._graphs.warm_up_s
 
     @torch.no_grad()
     def segments(self, exit_layers: Sequence[int]) -> list[Segment]:
         """One segment before each of the ascending `exit_layers`.
 
         Raises:
-            ModelError: `engine="fused"` was asked for and cannot be had.
+            ModelError: the back end that `engine` insists on cannot be had.
         """
-        self.reason = self._unfit()
-        fused = "fused-int8" if self.weights == "int8" else "fused"
-        self.name = "module" if self.reason else fused
-        if self.reason and self.weights == "int8":
+        self.name, self.reason = self._choose()
+        if self.name == "module" and self.weights == "int8":
             raise ModelError(
                 f"weights='int8' cannot run {self.decoder.name}: {self.reason}. Leave it out."
             )
-        if self.reason and self.engine == "fused":
+        if self.name == "module" and self.engine not in ("auto", "module"):
             raise ModelError(
-                f"engine='fused' cannot run {self.decoder.name}: {self.reason}. "
+                f"engine={self.engine!r} cannot run {self.decoder.name}: {self.reason}. "
                 "Use engine='auto' or 'module'."
             )
-        if self.reason:
+        if self.name == "module":
             return module_segments(self.decoder, exit_layers)
+        if self.name in ON_SLABS:
+            assert self._graphs is not None
+            return [*graphs.segments(self._graphs, exit_layers)]
         assert self._fused is not None
         workspace = Workspace(self._fused.sizes)
+        if self.weights == "int8":
+            self.name = "fused-int8"
         return [
             FusedSegment(self._fused, start, stop, self._stack(start, stop), workspace)
             for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
         ]
+
+    def cache(self, capacity: int, batch: int) -> KVCache:
+        """An empty cache for the latest segments, with room for `capacity` tokens at first."""
+        if self.name in ON_SLABS and self._graphs is not None:
+            return self._graphs.cache(capacity, batch)
+        return KVCache(self.decoder.n_layers, capacity, batch)
 
     @torch.no_grad()
     def readout(self) -> Callable[[Tensor, int], Tensor]:
@@ -103,20 +145,36 @@ class Backend:
 
         return read
 
-    def _shared_readout(self) -> FusedReadout | None:
+    def _shared_readout(self) -> FusedReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
         parts = self.decoder.plain_readout
         if self.name == "module" or parts is None or any(map(_hooked, parts)):
             return None
         weights = [getattr(module, "weight", None) for module in parts]
-        if any(type(w) is not nn.Parameter for w in weights) or self._too_large(weights):
+        if any(type(w) is not nn.Parameter for w in weights):
             return None
-        signature = _signature(weights)
+        if self.name in ON_SLABS:
+            signature: Any = (self._graphs, _addresses(weights))
+        elif self._too_large(weights):
+            return None
+        else:
+            signature = _signature(weights)
         if signature != self._readout_signature:
-            self._readout, self._readout_signature = fuse_readout(*parts), signature
-            if self._readout is not None and self.weights == "int8":
-                self._readout = quantised_readout(self._readout)
+            self._readout, self._readout_signature = self._made_readout(*parts), signature
         return self._readout
+
+    def confidences(self, confidences: Confidences) -> Confidences:
+        """The confidences in what the latest `readout` gives, the quickest way there is."""
+        if self.name in ON_SLABS and isinstance(self._readout, GraphReadout):
+            return SummedConfidences(confidences, self._readout)
+        return confidences
+
+    def _made_readout(self, norm: Any, head: Any) -> FusedReadout | GraphReadout | None:
+        if self.name in ON_SLABS:
+            assert self._graphs is not None
+            return graphs.readout(self._graphs, norm, head)
+        made = fuse_readout(norm, head)
+        return made and (quantised_readout(made) if self.weights == "int8" else made)
 
     def _stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
         assert self._fused is not None
@@ -128,11 +186,25 @@ class Backend:
         asked_for = self.engine == "fused" or self.weights == "int8"
         return not asked_for and _size(weights) > MOST_COPIED_BYTES
 
+    def _choose(self) -> tuple[str, str]:
+        """The back end to use, and why those before it cannot run the model as it is now."""
+        tried = TRIED[self.engine]
+        if not tried:
+            return "module", "engine='module' was asked for"
+        common = self._unfit()
+        if common:
+            return "module", common
+        reasons = []
+        for name in tried:
+            reason = self._unfit_for_fused() if name == "fused" else self._unfit_for_graphs(name)
+            if not reason:
+                return name, "; ".join(reasons)
+            reasons.append(reason if len(tried) == 1 else f"not {name}, because {reason}")
+        return "module", "; ".join(reasons)
+
     def _unfit(self) -> str:
-        """Why `fused` cannot run the model as it is now; empty if it can."""
+        """Why nothing but the modules can run the model as it is now; empty if something may."""
         layers = self.decoder.layers
-        if self.engine == "module":
-            return "engine='module' was asked for"
         if layers.training:
             return "the model is in training mode"
         if any(map(_hooked, layers.modules())):
@@ -141,15 +213,29 @@ class Backend:
         others = {type(w).__name__ for w in weights if type(w) is not nn.Parameter}
         if others:
             return f"its weights are no plain tensors but {', '.join(sorted(others))}"
+        return ""
+
+    def _unfit_for_fused(self) -> str:
+        weights = list(self.decoder.layers.parameters())
         if self._too_large(weights):
             return f"copies of its layers would take {_size(weights) / 2**30:.1f} GiB"
         signature = _signature(weights)
-        if signature != self._signature:
-            self._fused, self._stacks, self._signature = None, {}, signature
+        if signature != self._signatures.get("fused"):
+            self._fused, self._stacks, self._signatures["fused"] = None, {}, signature
             try:
                 self._fused = fuse(self.decoder)
                 if self.weights == "int8":
                     self._fused = quantised(self._fused)
             except Unfit as error:
-                self._cause = str(error)
-        return "" if self._fused is not None else self._cause
+                self._causes["fused"] = str(error)
+        return "" if self._fused is not None else self._causes["fused"]
+
+    def _unfit_for_graphs(self, name: str) -> str:
+        signature = _addresses(list(self.decoder.layers.parameters()))
+        if signature != self._signatures.get("graphs"):
+            self._graphs, self._signatures["graphs"] = None, signature
+            try:
+                self._graphs = Graphs(self.decoder, Direct() if name == "static" else None)
+            except Unfit as error:
+                self._causes["graphs"] = str(error)
+        return "" if self._graphs is not None else self._causes["graphs"]

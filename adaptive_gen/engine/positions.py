@@ -49,7 +49,8 @@ class Positions:
         self.types = sorted(set(self.layer_types))
         rope = getattr(self._rotary, "rope_type", "default")
         rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}
-        self._tabled = rope_types <= _STATIC_ROPE
+        # Whether one table of rotary embeddings serves texts of any length.
+        self.tabled = rope_types <= _STATIC_ROPE
         self._table: Block | None = None
         self._turns: tuple[Block, Tensor] | None = None  # a table, and it as complex numbers
 
@@ -62,7 +63,7 @@ class Positions:
         """
         if isinstance(where, int):
             where = Span((where,), (hidden.shape[1],))
-        if not self._tabled:
+        if not self.tabled:
             ids = where.positions(hidden.device)
             embeddings = self._embed(hidden, ids)
         else:
@@ -81,7 +82,7 @@ class Positions:
 
         They are those of all layers where `rotary_by_type` does not hold.
         """
-        if not self._tabled:
+        if not self.tabled:
             return _as_complex(*self._embed(hidden, where.positions(hidden.device))[self.types[0]])
         table = self._grown_table(hidden, where.stop)
         if self._turns is None or self._turns[0] is not table:
@@ -95,6 +96,15 @@ class Positions:
         """Which keys a block's tokens see, by layer type: as `Block` has it, true where they do."""
         ids = where.positions(hidden.device)
         return {kind: self._mask(kind, "sdpa", hidden, where, ids) for kind in self.types}
+
+    def table(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of the positions below `length`, [length, head_dim] each.
+
+        Only where one table serves all layers and lengths.
+        """
+        ids = torch.arange(length, device=hidden.device)[None]
+        cos, sin = self._embed(hidden, ids)[self.types[0]]
+        return cos[0], sin[0]
 
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self.rotary_by_type:
