@@ -17,7 +17,7 @@ import adaptive_gen
 from adaptive_gen.engine import backend, graphs
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.graphs import GraphReadout, SummedConfidences
+from adaptive_gen.engine.graphs import SummedConfidences
 from adaptive_gen.errors import ModelError
 from adaptive_gen.settings import state
 
@@ -186,12 +186,11 @@ def test_confidences_come_from_the_summary_and_not_from_the_logits():
     backend_, hidden = state(model).backend, torch.randn(5, 32)
     backend_.segments([2, 4, 6])
     readout = backend_.readout()
-    assert isinstance(readout, GraphReadout)
     plain = adaptive_gen.confidence.Confidences()
-    ours = backend_.confidences(plain, readout)
+    ours = backend_.confidences(plain)
     assert isinstance(ours, SummedConfidences)
     for measure in ("margin", "max_prob", "entropy"):
-        logits = readout(hidden)
+        logits = readout(hidden, 6)
         expected = plain(logits.clone(), 2, measure)
         logits.zero_()
         assert ours(logits, 2, measure) == pytest.approx(expected, abs=1e-6)

@@ -13,7 +13,7 @@ from adaptive_gen.engine.fused import FusedSegment
 from adaptive_gen.engine.fusing import fuse, stacked
 from adaptive_gen.engine.int8 import MATRICES, Int8Matrix, quantised
 from adaptive_gen.engine.workspace import Workspace
-from adaptive_gen.errors import ModelError, OptionError
+from adaptive_gen.errors import OptionError
 
 PROMPT = torch.arange(3, 11)[None]
 
