@@ -13,6 +13,7 @@ from torch import Tensor
 from .engine.cache import Block, KVCache, Span, StoreOnly
 from .engine.positions import Positions
 from .errors import ModelError
+from .exit_readouts import exits_of, readouts
 from .head import Head
 from .naming import Parts, check_attention
 
@@ -30,6 +31,7 @@ class Decoder:
         self.name = name = type(model).__name__
         check_attention(model)
         self._parts, self._head = Parts(model), Head(model)
+        self.own = readouts(model, exits_of(model))  # exit layer -> a readout of its own
         self._parts.check_layers()
         self.config = config = model.config.get_text_config()
         self.n_layers = len(self.layers)
@@ -71,6 +73,7 @@ class Decoder:
             [batch, time, hidden] after layer `stop` - 1, not normed.
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        cache.pair(False)
         block, place = self.positions.block(hidden, span), Block(cache, span)
         for index in range(start, stop):
             hidden = self._call(index, hidden, block, place)
@@ -85,6 +88,7 @@ class Decoder:
         approximate KV propagation (CALM, Schuster et al. 2022).
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
+        cache.pair(False)
         block, place = self.positions.block(hidden, span), StoreOnly(cache, span)
         for index in range(start, stop):
             try:
@@ -98,15 +102,18 @@ class Decoder:
             index, hidden, block.masks[kind], block.position_ids, block.embeddings[kind], cache
         )
 
-    def readout(self, hidden: Tensor) -> Tensor:
+    def readout(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states after any layer -> logits, through the shared final norm and LM head.
 
         Args:
             hidden: [..., hidden], not normed.
+            exit_layer: where they are; an exit with a readout of its own is read out through that.
 
         Returns:
             [..., vocab] with the model's own logit scale and soft-capping applied.
         """
+        if exit_layer in self.own:
+            return self.own[exit_layer](hidden)
         return self._head(self._parts.norm(hidden))
 
     @property
@@ -117,8 +124,10 @@ class Decoder:
             return None
         return norm, self._head.linear
 
-    def normed(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [..., hidden] as the LM head sees them: through the final norm."""
+        if exit_layer in self.own:
+            return self.own[exit_layer].norm(hidden)
         return self._parts.norm(hidden)
 
     @torch.no_grad()
@@ -137,7 +146,7 @@ class Decoder:
         for exit_layer in exit_layers:
             hidden = self.run(hidden, start, exit_layer, cache)
             start = exit_layer
-            yield exit_layer, self.readout(hidden)
+            yield exit_layer, self.readout(hidden, exit_layer)
 
 
 @torch.no_grad()

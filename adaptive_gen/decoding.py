@@ -246,8 +246,7 @@ class TokenLoop:
         growing = [text for text in texts if not text.finished]
         if growing:
             rows = tuple(text.place for text in growing)
-            last = [self.texts.ids[text.row, text.width - 1] for text in growing]
-            self.scheduler.feed(rows, torch.stack(last)[:, None])
+            self.scheduler.feed(rows, self.texts.newest(growing))
 
     def _count(self, seconds: float, first: bool) -> None:
         if first:

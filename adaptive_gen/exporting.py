@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import calibration as artefact
-from . import exits
+from . import exit_readouts, exits
 from .decoder import Decoder
 from .errors import ModelError, OptionError, OutputError
 from .export_card import write_card
@@ -141,7 +141,9 @@ def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: boo
     """Config, generation config and weights of the first `layers` layers."""
     [prefix] = [name for name, module in model.named_modules() if module is decoder.layers]
     dropped = tuple(f"{prefix}.{index}." for index in range(layers, decoder.n_layers))
+    dropped += (f"{exit_readouts.NAME}.",)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(dropped)}
+    weights |= exit_readouts.as_the_model_s(model, layers)
     before = {name: getattr(model.config, name) for name in ("dtype", "architectures")}
     try:
         model.save_pretrained(made, state_dict=weights)  # notes both in the model's own config
@@ -153,6 +155,10 @@ def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: boo
         _text_part(config)["exit_layers"] = _exits_within(model, decoder, layers)
     else:
         _text_part(config).pop("exit_layers", None)
+    if "head" in exit_readouts.own_of(model, layers):
+        _text_part(config)["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    if with_exits and layers == decoder.n_layers:
+        exit_readouts.save_readouts(model, made)
     depth = decoder.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     _cut_config(_text_part(config), depth, layers, decoder.n_layers)
     type(model.config).from_dict(config).save_pretrained(made)
@@ -227,8 +233,9 @@ def _check_equal(model: Any, decoder: Decoder, layers: int, made: Path) -> None:
 
 def _exit_logits(model: Any, decoder: Decoder, ids: Tensor, layers: int) -> Tensor:
     """What transformers' own forward has after `layers` layers, read out: [1, time, vocab]."""
-    out = model(input_ids=ids, use_cache=False, output_hidden_states=layers < decoder.n_layers)
-    return decoder.readout(out.hidden_states[layers]) if layers < decoder.n_layers else out.logits
+    whole = layers == decoder.n_layers
+    out = model(input_ids=ids, use_cache=False, output_hidden_states=not whole)
+    return out.logits if whole else decoder.readout(out.hidden_states[layers], layers)
 
 
 def _save_company(

@@ -85,9 +85,18 @@ class Texts:
         width = texts[0].width
         if width == self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, width))
-        self.ids[[text.row for text in texts], width] = tokens
+        if len(texts) == len(self.ids):
+            self.ids[:, width] = tokens
+        else:
+            self.ids[[text.row for text in texts], width] = tokens
         for text in texts:
             text.width += 1
+
+    def newest(self, texts: list[Text]) -> Tensor:
+        """The last token of each text, [rows, 1]."""
+        if len({text.width for text in texts}) == 1:
+            return self.seen(texts)[:, -1:]
+        return torch.stack([self.ids[text.row, text.width - 1] for text in texts])[:, None]
 
     def stop(self, texts: list[Text], scores: Tensor | None = None) -> list[bool]:
         """Whether each of equally long texts ends as it stands."""

@@ -15,6 +15,7 @@ from .decoder import Decoder, probe
 from .engine.backend import Backend
 from .engine.rules import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
+from .exit_readouts import load_readouts
 from .gate import Gate
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, attach, state
@@ -35,6 +36,7 @@ def wrap(
     calibration: artefact.Calibration | str | os.PathLike[str] | None = None,
     queue_cap: int = QUEUE_CAP,
     engine: str = "auto",
+    weights: str = "own",
 ) -> Any:
     """Teach a loaded causal LM `generate(adaptive=True, ...)`, in place.
 
@@ -42,12 +44,15 @@ def wrap(
         model: any transformers causal LM that can be run layer by layer; it is probed for that. A
             PEFT model too: the causal LM inside it is wrapped, adapters and all.
         exit_layers: layers after which a token may leave, counts in 1..n_layers. Default: the
-            calibration's, else `model.config.exit_layers`, else the quarter points.
+            calibration's, else `model.config.exit_layers`, else those with readouts of their own,
+            else the quarter points.
         calibration: an artefact or the path of one.
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
         engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
             (CPU, float32 and float64), "module" calls the model's own layers, "auto" takes the
             first where it can.
+        weights: "own", or "int8": `fused` reads weights rounded to 8 bits, faster and not quite the
+            same model (the README says by how much). The model's own weights stay as they are.
 
     Returns:
         The same object; `isinstance` with its own class still holds.
@@ -79,11 +84,11 @@ def wrap(
     if exit_layers is None and calibration is not None:
         exit_layers = calibration.exit_layers
     if exit_layers is None:
-        exit_layers = getattr(decoder.config, "exit_layers", None)
+        exit_layers = getattr(decoder.config, "exit_layers", None) or list(decoder.own)
     exit_layers = exit_layers or exits.quarter_points(decoder.n_layers)
     normalised = exits.normalise(exit_layers, decoder.n_layers)
     probe(model, decoder)
-    backend = Backend(decoder, engine)
+    backend = Backend(decoder, engine, weights)
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
     attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
     if calibration is not None:
@@ -172,6 +177,7 @@ def load(
     exit_layers: Iterable[int] | None = None,
     calibration: str | os.PathLike[str] | Literal[False] | None = None,
     engine: str = "auto",
+    weights: str = "own",
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load and wrap a model with its tokenizer.
@@ -182,6 +188,7 @@ def load(
         calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
             False is none.
         engine: see `wrap`.
+        weights: see `wrap`.
         **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
 
     Returns:
@@ -208,6 +215,7 @@ def load(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        load_readouts(model, directory)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
@@ -216,6 +224,6 @@ def load(
         ) from error
     if calibration is None and (directory / artefact.FILE_NAME).is_file():
         calibration = directory
-    wrap(model, exit_layers, calibration or None, engine=engine)
+    wrap(model, exit_layers, calibration or None, engine=engine, weights=weights)
     _compare_fingerprint(model, tokenizer)
     return model, tokenizer

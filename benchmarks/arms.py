@@ -187,7 +187,10 @@ def judge(
             "agreement": paired.agreement(model, runs) if agree else None,
         }
         if name in measured.settings:
-            row["setting"] = measured.settings[name]
+            row["setting"] = {
+                key: value if isinstance(value, int | float | dict | list) else str(value)
+                for key, value in measured.settings[name].items()
+            }
         keywords = arms[name].keywords
         if runs.exit_layers and "on" not in keywords:
             row |= {count: sum(getattr(r, count) for r in runs.reports) for count in COUNTS}

@@ -4,10 +4,12 @@ Random weights of true or small shapes and exits forced by a script, so that not
 and the saved layers are known in advance.
 """
 
+import copy
 from typing import Any
 
 import torch
 
+import adaptive_gen
 from adaptive_gen.calibrate.profile import Scripted
 from adaptive_gen.policy import FixedExit
 
@@ -93,6 +95,16 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
         found[f"cut_{depth}"] = Arm(
             f"cut off at layer {depth} (static truncation)",
             {"on": f"cut_{depth}", "adaptive": True, "threshold": 1.0},
+        )
+    if model.device.type == "cpu":
+        others["int8"] = adaptive_gen.wrap(copy.copy(model), [first], weights="int8")
+        found["int8_full_depth"] = Arm(
+            "int8 weights, full depth", {"on": "int8", "adaptive": True, "threshold": 1.0}
+        )
+        policy = Scripted(script(first, full, SCHEDULES[0][1], tokens + 1), frozenset([first]))
+        found["int8_exit"] = Arm(
+            f"int8 weights, exit {first}, {SCHEDULES[0][1]:.0%} of tokens deep, recompute",
+            {"on": "int8", "adaptive": True, "policy": policy, "exit_layers": [first]},
         )
     found["lossless"] = Arm(
         f"lossless, drafts of exit {first} always right",

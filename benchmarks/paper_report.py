@@ -23,21 +23,30 @@ MEASURES = {
     "f1_test": "F1, held-out questions",
 }
 
+# Read once: a run takes long, and the tree may move on under it.
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"],
+    capture_output=True,
+    text=True,
+    cwd=Path(__file__).parent,
+).stdout.strip()
+
+
+def origin(script: str) -> dict:
+    """Where results come from: command, commit, versions."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "commit": COMMIT,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
 
 def write(out: Path, results: list[dict], settings: dict) -> None:
     """Write tables.json and tables.md; a run that goes on writes them anew after each model."""
-    settings = {**settings, "plan": asdict(settings["plan"])}
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    plans = {task: asdict(plan) for task, plan in settings["plans"].items()}
     document = {
-        "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
-        "commit": revision.stdout.strip(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "settings": {name: str(value) for name, value in settings.items()},
+        **origin("paper_tables.py"),
+        "settings": {**settings, "plans": plans},
         "results": results,
     }
     write_json(out / "tables.json", document)

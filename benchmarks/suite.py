@@ -23,10 +23,10 @@ import adaptive_gen
 from adaptive_gen import bench, ui
 from adaptive_gen.prompts import bench_prompts
 
-from . import end_to_end, figure, mechanism, micro, modes, sweep
-from .shapes import BY_NAME, SMALL, TRUE, Shape
+from . import anatomy, end_to_end, figure, mechanism, micro, modes, sweep
+from .shapes import BY_NAME, SMALL, TRUE, Shape, build
 
-TRACKS = ("mechanism", "end_to_end", "modes", "sweep", "micro")
+TRACKS = ("mechanism", "end_to_end", "modes", "sweep", "anatomy", "micro")
 Save = Callable[[Any], None]
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +41,7 @@ def main() -> None:
         "end_to_end": _end_to_end,
         "modes": _modes,
         "sweep": _sweep,
+        "anatomy": _anatomy,
         "micro": lambda args, save: save(micro.run(args.device)),
     }
     for track in args.track or TRACKS[:2]:
@@ -124,6 +125,32 @@ def _end_to_end(args: argparse.Namespace, save: Save) -> None:
     save(found)
     _show(found, args)
     _free()
+
+
+def _anatomy(args: argparse.Namespace, save: Save) -> None:
+    found = []
+    rounds = max(5, args.rounds)
+    for shape in _shapes(args, SMALL):
+        model = build(shape, [shape.exit_at(0.25)], "cpu", torch.float32)
+        found.append(anatomy.run(model, shape.name, rounds))
+        found.append(anatomy.run(adaptive_gen.wrap(model, weights="int8"), shape.name, rounds))
+    model, _ = adaptive_gen.load(args.model)
+    found.append(anatomy.run(model, "built-in" if args.model is None else args.model, rounds))
+    save(found)
+    ui.table(
+        "Where a token's time goes, in us, and blocks of pending tokens over one token",
+        ["", "engine", "token", "layers", "products", "readout", "loop", "floor"]
+        + [f"{n} pending" for n in anatomy.PENDING[1:]],
+        [
+            [row["model"], row["engine"]]
+            + [
+                f"{row[f'{part}_us'] or 0:.0f}"
+                for part in ("token", "layers", "products", "readout", "loop", "floor")
+            ]
+            + [f"{row['pending_over_one'][n]:.2f}x" for n in anatomy.PENDING[1:]]
+            for row in found
+        ],
+    )
 
 
 def _modes(args: argparse.Namespace, save: Save) -> None:

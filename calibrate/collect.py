@@ -105,8 +105,8 @@ def _trace(
     new = text[0, ids.shape[1] :]
     exits = len(exit_layers) - 1
     choices, scores = [], {name: [] for name in MEASURES}
-    for _, hidden in along(decoder, text[:, :-1], exit_layers[:-1]):
-        logits = decoder.readout(hidden[0, ids.shape[1] - 1 :])  # [new, vocab]
+    for exit_layer, hidden in along(decoder, text[:, :-1], exit_layers[:-1]):
+        logits = decoder.readout(hidden[0, ids.shape[1] - 1 :], exit_layer)  # [new, vocab]
         choices.append((logits.argmax(-1) == new).cpu().numpy())
         for name, measure in MEASURES.items():
             scores[name].append(measure(logits).cpu().double().numpy())

@@ -7,8 +7,8 @@ import numpy as np
 
 from adaptive_gen.calibration import Calibration
 from adaptive_gen.certificate import Certificate
+from adaptive_gen.charts import Chart, percent, plain, times
 
-from .charts import Chart, percent, plain, times
 from .tables import threshold
 
 KINDS = ("a", "b", "c", "d", "e", "f")

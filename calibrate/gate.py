@@ -72,14 +72,14 @@ def fit(model: Any, trace: Trace, searched: int) -> tuple[Gate, list[Row]]:
 @torch.no_grad()
 def hidden_states(model: Any, trace: Trace) -> list[NDArray[np.float32]]:
     """Per exit, [tokens, hidden] after the final norm: the rows that choose the new tokens."""
-    decoder, norm = Decoder(model), model.get_decoder().norm
+    decoder = Decoder(model)
     exits = trace.exit_layers[:-1]
     found: list[list[NDArray]] = [[] for _ in exits]
     pairs = list(zip(trace.texts, trace.lengths.tolist(), strict=True))
     for text, new in progress(pairs, "reading hidden states", total=len(pairs)):
         ids = torch.from_numpy(text[:-1])[None].to(model.device)
-        for k, (_, hidden) in enumerate(along(decoder, ids, exits)):
-            found[k].append(norm(hidden[0, -new:]).float().cpu().numpy())
+        for k, (exit_layer, hidden) in enumerate(along(decoder, ids, exits)):
+            found[k].append(decoder.normed(hidden[0, -new:], exit_layer).float().cpu().numpy())
     return [np.concatenate(rows) for rows in found]
 
 

@@ -141,9 +141,9 @@ def frozen_pass(
     depths = np.full(new, decoder.n_layers, np.int16)
     same = np.ones(new, bool)
 
-    def read_out(where: Tensor) -> Tensor:
+    def read_out(where: Tensor, layer: int) -> Tensor:
         """Logits [n, vocab] of some rows; notes whether they choose the text's tokens."""
-        logits = decoder.readout(hidden[0, where])
+        logits = decoder.readout(hidden[0, where], layer)
         hit = logits.argmax(-1) == target[where - first]
         same[(where - first).cpu().numpy()] = hit.cpu().numpy()
         return logits
@@ -153,14 +153,14 @@ def frozen_pass(
             # The prompt runs at full depth, and so does the new token it ends with.
             asked = going.nonzero()[:, 0]
             asked = asked[asked > first]
-            raw = MEASURES[rule.measure](read_out(asked)).cpu().double().numpy()
+            raw = MEASURES[rule.measure](read_out(asked, layer)).cpu().double().numpy()
             left = asked[torch.from_numpy(rule.leaves(layer, raw)).to(asked.device)]
             depths[(left - first).cpu().numpy()] = layer
             going[left] = False
         out = decoder.run(hidden, layer, layer + 1, cache)
         hidden = torch.where(going[:, None], out, hidden)
     deepest = going.nonzero()[:, 0]
-    read_out(deepest[deepest >= first])
+    read_out(deepest[deepest >= first], decoder.n_layers)
     return depths, same
 
 

@@ -10,9 +10,9 @@ from adaptive_gen import calibration as artefact
 from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.errors import CalibrationError
 from adaptive_gen.files import whole
+from adaptive_gen.style import STYLE
 
 from . import figures
-from .style import STYLE
 from .tables import EVIDENCE, threshold
 
 PAGE = "calibration.html"

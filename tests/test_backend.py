@@ -90,7 +90,7 @@ def test_the_readout_follows_changed_weights_and_hooks(tiny_llama, tied):
     def fused():
         backend.segments(state(model).exit_layers)
         readout = backend.readout()
-        torch.testing.assert_close(readout(hidden), backend.decoder.readout(hidden))
+        torch.testing.assert_close(readout(hidden, 4), backend.decoder.readout(hidden))
         return readout != backend.decoder.readout
 
     assert fused()
@@ -110,9 +110,10 @@ def test_the_fused_readout_is_the_models(family):
     backend = state(model).backend
     backend.segments(state(model).exit_layers)
     hidden = torch.randn(3, model.config.get_text_config().hidden_size)
-    torch.testing.assert_close(backend.readout()(hidden), backend.decoder.readout(hidden))
+    torch.testing.assert_close(backend.readout()(hidden, 6), backend.decoder.readout(hidden))
 
 
+@torch.no_grad()
 def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_llama):
     """The back ends take turns on one cache, which grows and drops rows in between."""
     backends = [

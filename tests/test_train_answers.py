@@ -5,18 +5,20 @@ import pytest
 import torch
 from training import options
 
+from adaptive_gen.exit_readouts import add_readouts, readouts
 from adaptive_gen.train.answering import answers, sub_model
-from adaptive_gen.train.exit_heads import add_heads, readouts
 from adaptive_gen.train.metrics import exact_match, f1, interval, normalised, rouge_l
 from adaptive_gen.train.run import train
 
 
-def test_a_sub_model_is_the_first_layers_and_leaves_the_model_alone(tiny_llama):
+@pytest.mark.parametrize("kind", ["head", "norm", "block"])
+def test_a_sub_model_is_the_first_layers_and_leaves_the_model_alone(tiny_llama, kind):
     model = tiny_llama().double()
     ids = torch.randint(0, 200, (2, 12))
     whole = model(ids).logits
-    add_heads(model, [2, 4, 6])
-    torch.nn.init.normal_(model.exit_heads["2"].weight)
+    add_readouts(model, [2, 4, 6], kind)
+    for parameter in model.exit_readouts["2"].parameters():
+        torch.nn.init.normal_(parameter)
     hidden = model(ids, output_hidden_states=True).hidden_states
     for exit_layer, readout in readouts(model, [2, 3, 6]).items():
         cut = sub_model(model, exit_layer)

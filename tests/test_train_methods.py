@@ -51,8 +51,8 @@ def test_ict_trains_its_heads_and_nothing_else(tmp_path, model_dir, data):
     found = weights(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    heads = load_file(out / "exit_heads.safetensors")
-    assert sorted(heads) == ["1.weight", "3.weight"]
+    heads = load_file(out / "exit_readouts.safetensors")
+    assert sorted(heads) == ["1.head.weight", "3.head.weight"]
     assert not any(torch.equal(head, expected["lm_head.weight"]) for head in heads.values())
     assert "exit_layers" not in json.loads((out / "config.json").read_text())
     after = evaluate_model(str(out), [data], None, seq_len=32)
@@ -65,8 +65,8 @@ def test_ict_trains_its_heads_and_nothing_else(tmp_path, model_dir, data):
 def test_heads_of_another_model_are_refused(tmp_path, model_dir, data, tiny_llama):
     from safetensors.torch import save_file
 
-    save_file({"2.weight": torch.zeros(3, 3)}, model_dir / "exit_heads.safetensors")
-    with pytest.raises(AdaptiveGenError, match=r"exit_heads.safetensors"):
+    save_file({"2.head.weight": torch.zeros(3, 3)}, model_dir / "exit_readouts.safetensors")
+    with pytest.raises(AdaptiveGenError, match=r"exit_readouts.safetensors"):
         evaluate_model(str(model_dir), [data], None)
 
 

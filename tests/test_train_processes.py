@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ def command(model_dir, data, out, *more):
     return [sys.executable, "-m", "adaptive_gen.train.cli", *map(str, words)]
 
 
+def logged(out, name):
+    """One number of the log, in the order of the steps."""
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [row[name] for row in rows if name in row]
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -34,7 +41,8 @@ def test_two_processes_equal_one(tmp_path, model_dir, data, objective):
     ragged = data.with_name("ragged.jsonl")
     ragged.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    line = command(model_dir, ragged, tmp_path / "two", "--objective", objective)
+    more = ["--objective", objective, "--eval-share", 0.25]
+    line = command(model_dir, ragged, tmp_path / "two", *more)
     started = [
         subprocess.Popen(
             line,
@@ -45,12 +53,58 @@ def test_two_processes_equal_one(tmp_path, model_dir, data, objective):
         )
         for rank in range(2)
     ]
-    one = train(options(model_dir, ragged, tmp_path / "one", objective=objective), "soft")
+    alone = {"objective": objective, "eval_share": 0.25}
+    one = train(options(model_dir, ragged, tmp_path / "one", **alone), "soft")
     for process in started:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     found, expected = losses(tmp_path / "two"), losses(one)
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-4)
+    scored = logged(tmp_path / "two", "eval_loss_exit_1")
+    assert scored == pytest.approx(logged(one, "eval_loss_exit_1"), abs=2e-4) and len(scored) == 1
+    wanted = weights(one)
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, wanted[name], atol=2e-5, rtol=1e-4)
+
+
+SHARDED = """
+import os, sys
+import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+# accelerate shards on accelerators alone and takes DDP on CPUs; torch shards on CPUs as well.
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+made = transformers.TrainingArguments.__init__
+def make(self, *args, **kwargs):
+    made(self, *args, **{**kwargs, "use_cpu": False, "ddp_backend": None})
+transformers.TrainingArguments.__init__ = make
+from adaptive_gen.train import cli
+sys.argv[0] = "adaptive-train"
+cli.main()
+"""
+
+
+def test_two_shards_of_fsdp2_equal_one_process(tmp_path, model_dir, data):
+    """The recipe's own settings through `accelerate launch`: weights sharded layer by layer."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED, encoding="utf-8")
+    recipe = Path(__file__).parents[1] / "train/recipes/fsdp2.yaml"
+    _, _, _, _, *arguments = command(model_dir, data, tmp_path / "two", "--eval-share", 0.2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe)]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    launched = subprocess.Popen(
+        [*launch, str(script), "soft", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    one = train(options(model_dir, data, tmp_path / "one", eval_share=0.2), "soft")
+    _, err = launched.communicate(timeout=400)
+    assert launched.returncode == 0, err
+    for name in ("loss", "eval_loss_exit_1", "eval_loss_exit_4"):
+        expected = logged(one, name)
+        assert logged(tmp_path / "two", name) == pytest.approx(expected, abs=2e-4) and expected
     wanted = weights(one)
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, wanted[name], atol=2e-5, rtol=1e-4)

@@ -1,8 +1,19 @@
-"""LoRA and DoRA through peft: few trainable weights, merged into the model at the end."""
+"""What `--adapter` trains instead of all weights: LoRA, DoRA, or readouts of the exits' own.
+
+LoRA and DoRA come from peft and are merged into the model at the end.
+"""
 
 from typing import Any
 
 from adaptive_gen.errors import OptionError
+from adaptive_gen.exit_readouts import KINDS
+
+EXITS = {f"exit-{kind}": kind for kind in KINDS}
+
+
+def exit_readout(text: str | None) -> str | None:
+    """The kind of readout that `exit-norm` or `exit-block` asks for; None for another adapter."""
+    return EXITS.get(text or "")
 
 
 def add_adapter(model: Any, text: str) -> Any:
@@ -17,7 +28,10 @@ def add_adapter(model: Any, text: str) -> Any:
     """
     kind, _, rank = text.partition(":")
     if kind not in ("lora", "dora") or not rank.isdigit() or int(rank) < 1:
-        raise OptionError(f"adapter {text!r} is unknown; give lora:RANK or dora:RANK, as lora:16.")
+        raise OptionError(
+            f"adapter {text!r} is unknown; give lora:RANK or dora:RANK, as lora:16, or one of "
+            f"{', '.join(EXITS)}."
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

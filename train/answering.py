@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from adaptive_gen.errors import ModelError
+from adaptive_gen.exit_readouts import readouts
 
 from .data import PLAIN_PROMPT
-from .exit_heads import NAME
 
 
 def sub_model(model: Any, exit_layer: int) -> Any:
@@ -19,7 +21,7 @@ def sub_model(model: Any, exit_layer: int) -> Any:
         exit_layer: count of layers.
 
     Returns:
-        A causal LM. An exit with a head of its own is read out through that.
+        A causal LM. An exit with a readout of its own is read out through that.
     """
     cut = _shallow(model)
     cut.config = copy.deepcopy(model.config)
@@ -28,12 +30,17 @@ def sub_model(model: Any, exit_layer: int) -> Any:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:exit_layer]
     decoder = _shallow(model.get_decoder())
+    if not {"layers", "norm"} <= set(decoder._modules):
+        raise ModelError(
+            f"{type(model).__name__} does not call its parts `layers` and `norm`, so its exits "
+            "cannot answer alone here; leave the written answers out (--asked 0)."
+        )
     decoder.config = text
     decoder.layers = nn.ModuleList(list(decoder.layers)[:exit_layer])
     cut._modules[model.base_model_prefix] = decoder
-    own = getattr(model, NAME, {})
-    if str(exit_layer) in own:
-        cut.set_output_embeddings(own[str(exit_layer)])
+    readout = readouts(model, [exit_layer])[exit_layer]
+    decoder.norm = readout.norm
+    cut.set_output_embeddings(readout.head.linear)
     return cut.eval()
 
 
@@ -51,6 +58,15 @@ def prompt_of(question: str, tokenizer: Any) -> str:
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
     return PLAIN_PROMPT.format(question)
+
+
+def _prompt_ids(questions: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    texts = [prompt_of(question, tokenizer) for question in questions]
+    special = not tokenizer.chat_template
+    ids = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    if special and ids[0][-1:] == [tokenizer.eos_token_id]:  # a tokenizer that ends every text
+        ids = [row[:-1] for row in ids]
+    return ids
 
 
 @torch.no_grad()
@@ -76,11 +92,7 @@ def answers(
     written = []
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     for start in range(0, len(questions), batch_size):
-        texts = [prompt_of(q, tokenizer) for q in questions[start : start + batch_size]]
-        special = not tokenizer.chat_template
-        ids = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-        if special and ids[0][-1:] == [eos]:  # a tokenizer that ends every text
-            ids = [row[:-1] for row in ids]
+        ids = _prompt_ids(questions[start : start + batch_size], tokenizer)
         ids = [row[-(longest - max_new_tokens) :] for row in ids]
         width = max(map(len, ids))
         filled = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
@@ -95,3 +107,49 @@ def answers(
         )
         written += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return [text.strip() for text in written]
+
+
+@torch.no_grad()
+def likelihood(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[str],
+    said: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> list[float]:
+    """How likely a model at full depth finds answers, with the EOS that ends each.
+
+    Args:
+        model: a causal LM.
+        tokenizer: of the model.
+        questions: what was asked.
+        said: the answers.
+        batch_size: answers at once.
+
+    Returns:
+        Mean log-probability of an answer's tokens, in nats.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    found: list[float] = []
+    for start in range(0, len(said), batch_size):
+        part = slice(start, start + batch_size)
+        asked, told = _prompt_ids(questions[part], tokenizer), []
+        for answer in said[part]:
+            ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+            told.append([*ids, tokenizer.eos_token_id][: longest // 2])
+        rows = [(a + b)[-longest:] for a, b in zip(asked, told, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False).logits
+        for row, answer, scores in zip(rows, told, logits, strict=True):
+            found.append(_mean_chance(scores[: len(row) - 1], row, len(answer)))
+    return found
+
+
+def _mean_chance(logits: Tensor, row: list[int], length: int) -> float:
+    """Mean log-probability of the last `length` ids of a row; logits [len(row) - 1, vocab]."""
+    targets = torch.tensor(row[-length:], device=logits.device)
+    chances = logits[-length:].float().log_softmax(-1)
+    return float(chances.gather(-1, targets[:, None]).mean())

@@ -9,12 +9,13 @@ from .checks import CHECKPOINTS
 from .config import TrainConfig
 
 
-def training_arguments(config: TrainConfig, *, partial: bool) -> Any:
+def training_arguments(config: TrainConfig, *, partial: bool, held_out: bool = False) -> Any:
     """Arguments for transformers' Trainer.
 
     Args:
         config: the run.
         partial: whether steps leave parameters without a gradient, which DDP must look out for.
+        held_out: whether there are held-out sequences, to be scored whenever a checkpoint is saved.
 
     Raises:
         OptionError: a batch that the processes cannot share evenly.
@@ -47,6 +48,10 @@ def training_arguments(config: TrainConfig, *, partial: bool) -> Any:
         **_recomputing(TrainingArguments, config.gradient_checkpointing),
         logging_steps=config.log_steps,
         save_steps=config.save_steps,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=config.save_steps,
+        per_device_eval_batch_size=micro,
+        prediction_loss_only=True,
         save_total_limit=2,
         seed=config.seed,
         report_to=[],

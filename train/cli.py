@@ -12,6 +12,7 @@ import typer
 from adaptive_gen import ui
 from adaptive_gen.terminal import run_app
 
+from . import measuring
 from .config import TrainConfig
 from .settings_file import NAMES, read_settings
 
@@ -138,35 +139,8 @@ _command(
 )
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM.")],
-    data: Annotated[list[Path], typer.Option(help="As for training.", metavar="FILE...")],
-    exit_layers: Annotated[
-        str | None, typer.Option(help="Default: the model's own, else quarters.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=8)] = 512,
-    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with EOS.")] = True,
-    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0: all.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
-    """Per exit: loss, agreement with full depth, mean confidence (margin)."""
-    from .run import evaluate_model
-
-    _quiet()
-    result = evaluate_model(
-        model, data, exit_layers, seq_len=seq_len, dtype=dtype, eos=eos, max_tokens=max_tokens
-    )
-    if json_out:
-        ui.document(result.as_dict())
-        return
-    rows = [
-        (f"{s.exit_layer}/{result.n_layers}", s.loss, s.agreement, s.confidence)
-        for s in result.exits
-    ]
-    title = f"{model}, {result.tokens:,} tokens"
-    ui.table(title, ("exit layer", "loss", "agreement", "confidence"), rows)
+app.command("eval")(measuring.evaluate)
+app.command("compare")(measuring.compare)
 
 
 def _quiet() -> None:
@@ -179,14 +153,14 @@ def _quiet() -> None:
 def spread(arguments: Sequence[str]) -> list[str]:
     """Write `--data a b c` as `--data a --data b --data c`, so that shell patterns work."""
     out: list[str] = []
-    inside = False
+    inside = ""
     for word in arguments:
-        if word == "--data":
-            inside = True
+        if word in ("--data", "--eval-data"):
+            inside = word
             continue
         if word.startswith("-"):
-            inside = False
-        out.extend(("--data", word) if inside else (word,))
+            inside = ""
+        out.extend((inside, word) if inside else (word,))
     return out
 
 

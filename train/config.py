@@ -22,6 +22,12 @@ class TrainConfig:
         list[Path],
         _option("Files (.txt .jsonl .json .parquet), or hf:NAME[:SPLIT].", metavar="FILE..."),
     ] = ()  # type: ignore[assignment]
+    eval_data: Annotated[
+        list[Path], _option("Held-out files, scored at every checkpoint.", metavar="FILE...")
+    ] = ()  # type: ignore[assignment]
+    eval_share: Annotated[
+        float, _option("Share of the rows of --data to hold out instead.", min=0.0, max=0.5)
+    ] = 0.0
     out: Annotated[Path, _option("Directory for the trained model.")] = Path("trained")
     exit_layers: Annotated[
         str | None, _option("Layers to train as exits, for example 4,8,12. Default: quarters.")
@@ -35,7 +41,11 @@ class TrainConfig:
     ] = "uniform"
     layers: Annotated[int, _option("Layers of the model to keep; the rest is cut off.", min=1)] = 0
     adapter: Annotated[
-        str | None, _option("Train lora:RANK or dora:RANK and merge it. Default: all weights.")
+        str | None,
+        _option(
+            "Train lora:RANK or dora:RANK and merge it; or exit-norm, exit-block, exit-head: a "
+            "readout for each exit of the frozen model. Default: all weights."
+        ),
     ] = None
     from_config: Annotated[
         Path | None, _option("Start a new model from this config.json, with an own BPE.")
@@ -75,5 +85,8 @@ class TrainConfig:
     compile: Annotated[bool, _option("Compile the decoder layers.", "--compile")] = False
     save_steps: Annotated[int, _option("Steps between checkpoints.", min=1)] = 500
     log_steps: Annotated[int, _option("Steps between log lines.", min=1)] = 20
+    tensorboard: Annotated[
+        bool, _option("Log to OUT/tensorboard too; OUT/log.jsonl is always there.", "--tensorboard")
+    ] = False
     resume: Annotated[bool, _option("Go on from the last checkpoint.", "--resume")] = False
     seed: Annotated[int, _option("Seed of data order and new weights.")] = 0

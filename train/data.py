@@ -1,5 +1,6 @@
 """Rows -> training sequences: plain text packed without waste, answers learnt without prompts."""
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from adaptive_gen.errors import DataError, OptionError
 
 from .packing import IGNORE, PACKINGS, Example, fill, stream
 from .reading import BadRows, read_rows
-from .rows import Dialogue, Pair, Text
+from .rows import Dialogue, Pair, Row, Text
 
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
@@ -36,10 +37,41 @@ def load(
         DataError: a broken file, or no sequence with anything to learn.
         OptionError: a packing that does not exist.
     """
+    rows = rows_of(paths, max_bad_rows)
+    return sequences(rows, tokenizer, seq_len, eos=eos, packing=packing)
+
+
+def rows_of(paths: Sequence[Path], max_bad_rows: int = 0) -> list[Row]:
+    """The rows of all files, with so many broken ones reported and skipped."""
+    bad = BadRows(max_bad_rows)
+    return [row for path in paths for row in read_rows(path, bad)]
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and a random `share` of them, one at least, that is kept from training.
+
+    Raises:
+        OptionError: nothing would be left to train on.
+    """
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise OptionError(
+            f"--eval-share {share:g} of {len(rows)} rows leaves none to train on; give a smaller "
+            "share, or other rows with --eval-data."
+        )
+    held = set(random.Random(seed).sample(range(len(rows)), count))
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for index, row in enumerate(rows):
+        parts[index in held].append(row)
+    return parts
+
+
+def sequences(
+    rows: Sequence[Row], tokenizer: Any, seq_len: int, *, eos: bool = True, packing: str = "stream"
+) -> list[Example]:
+    """Rows as training sequences; see `load`."""
     if packing not in PACKINGS:
         raise OptionError(f"packing {packing!r} is unknown; give {' or '.join(PACKINGS)}.")
-    bad = BadRows(max_bad_rows)
-    rows = [row for path in paths for row in read_rows(path, bad)]
     texts = documents([row.text for row in rows if isinstance(row, Text)], tokenizer, eos=eos)
     answers = []
     for row in rows:

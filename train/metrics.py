@@ -3,9 +3,10 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4`", " "))
@@ -78,3 +79,11 @@ def interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def resampled_sums(rows: NDArray, draws: int = 1000, seed: int = 0) -> Iterator[NDArray]:
+    """Column sums of bootstrap samples of rows [n, columns]: `draws` vectors [columns]."""
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        counts = np.bincount(rng.integers(len(rows), size=len(rows)), minlength=len(rows))
+        yield counts @ rows

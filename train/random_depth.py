@@ -91,7 +91,7 @@ def leaving(
 
     def start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]
-        departures.draw(ids.shape, exits, share, ids.device)
+        departures.draw(ids.shape, exits, share if module.training else 0.0, ids.device)
 
     def pass_by(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

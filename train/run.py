@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptive_gen import exits
 from adaptive_gen.errors import OptionError
+from adaptive_gen.exit_readouts import add_readouts, exits_of, load_readouts
 
+from .adapters import exit_readout
 from .arguments import training_arguments
 from .checks import check_data, check_writable, checkpoint_to_resume
 from .config import TrainConfig
-from .data import load, texts_of
+from .data import hold_out, load, rows_of, sequences, texts_of
 from .models import load_model, new_model, new_tokenizer, read_shape
 from .objectives import Objective, parse
 from .packing import collator
@@ -36,21 +39,28 @@ def train(config: TrainConfig, method: str) -> Path:
     if bool(config.model) == bool(config.from_config):
         raise OptionError("give either MODEL, a directory or hub id, or --from-config FILE.")
     objective = parse(config.objective)
-    check_data(config.data)
+    check_data([*config.data, *config.eval_data])
+    if config.eval_data and config.eval_share:
+        raise OptionError("--eval-data and --eval-share both say what is held out; give one.")
     check_writable(config.out)
     resume = checkpoint_to_resume(config.out, config.resume)
     model, tokenizer = _start(config)
     layers = _exit_layers(config, model, method)
-    if method == "ict":
-        from .exit_heads import add_heads
-
-        add_heads(model, layers)
-        objective = Objective(full=0.0)  # the frozen head has nothing to learn
-    if config.adapter:
+    kind = "head" if method == "ict" else exit_readout(config.adapter)
+    if kind:
+        if len(layers) == 1:
+            raise OptionError(
+                f"--adapter {config.adapter} needs exits before full depth; use soft."
+            )
+        add_readouts(model, layers, kind)
+        objective = replace(objective, full=0.0)  # frozen full depth has nothing to learn
+    elif config.adapter:
         from .adapters import add_adapter
 
         model = add_adapter(model, config.adapter)
     trainer = _trainer(config, model, tokenizer, layers, objective)
+    if trainer.is_fsdp_enabled and (config.adapter or kind):
+        raise OptionError("adapters and heads of the exits' own are not sharded; use DDP for them.")
     if config.from_config and main_process():
         tokenizer.save_pretrained(config.out)  # a resumed run must not learn another BPE
     if config.compile:
@@ -58,7 +68,8 @@ def train(config: TrainConfig, method: str) -> Path:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if config.adapter:
+    weights = trainer.gathered()
+    if config.adapter and not kind:
         from .adapters import merged
 
         model = merged(model)
@@ -66,7 +77,8 @@ def train(config: TrainConfig, method: str) -> Path:
         model.config.exit_layers = list(layers)
         model.config.exit_objective = str(objective)
     if main_process():
-        save(model, tokenizer, config.out, record(config, method, objective, trainer))
+        notes = record(config, method, objective, trainer)
+        save(model, tokenizer, config.out, notes, weights)
     return config.out
 
 
@@ -79,6 +91,8 @@ def evaluate_model(
     dtype: str = "float32",
     eos: bool = True,
     max_tokens: int = 0,
+    asked: int = 0,
+    max_new_tokens: int = 50,
 ) -> "Evaluation":
     """Load a model and data, and score the exits.
 
@@ -90,22 +104,28 @@ def evaluate_model(
         dtype: to run in.
         eos: whether plain-text documents end with the EOS token.
         max_tokens: cap on the tokens scored; 0 scores all.
+        asked: questions and instructions to answer in writing, as far as the data has any.
+        max_new_tokens: longest answer.
     """
     from adaptive_gen.losses import resolve_exits
 
+    from .asking import ask, questions_in
     from .evaluate import evaluate
-    from .exit_heads import exits_of, load_heads
 
     check_data(paths)
     chosen = exits.parse(exit_layers) if exit_layers else None
     model, tokenizer = load_model(name, dtype)
-    load_heads(model, Path(name))
-    layers = resolve_exits(model, chosen or exits_of(model))
+    load_readouts(model, Path(name))
+    layers = resolve_exits(model, chosen or exits_of(model) or None)
     examples = load(paths, tokenizer, fitting(seq_len, model), eos=eos)
     if max_tokens > 0:
         used = accumulate(len(e["input_ids"]) - 1 for e in examples)
         examples = examples[: max(1, sum(count <= max_tokens for count in used))]
-    return evaluate(model, examples, layers)
+    found = evaluate(model, examples, layers)
+    if asked and (rows := questions_in(paths, asked)):
+        answered = ask(model, tokenizer, rows, layers, max_new_tokens=max_new_tokens)
+        found = replace(found, answers=tuple(answered))
+    return found
 
 
 def fitting(seq_len: int, model: Any) -> int:
@@ -156,21 +176,26 @@ def _trainer(
 ) -> Any:
     from .trainer import SoFTTrainer
 
-    examples = load(
-        config.data,
-        tokenizer,
-        fitting(config.seq_len, model),
-        eos=config.eos,
-        packing=config.packing,
-        max_bad_rows=config.max_bad_rows,
+    rows, held_out = rows_of(config.data, config.max_bad_rows), []
+    if config.eval_data:
+        held_out = rows_of(config.eval_data, config.max_bad_rows)
+    elif config.eval_share:
+        rows, held_out = hold_out(rows, config.eval_share, config.seed)
+    length = fitting(config.seq_len, model)
+    examples, unseen = (
+        sequences(part, tokenizer, length, eos=config.eos, packing=config.packing) if part else None
+        for part in (rows, held_out)
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return SoFTTrainer(
         model=model,
-        args=training_arguments(config, partial=objective.partial),
+        args=training_arguments(config, partial=objective.partial, held_out=unseen is not None),
         train_dataset=examples,  # type: ignore[arg-type]
+        eval_dataset=unseen,  # type: ignore[arg-type]
         data_collator=collator(pad),
         exit_layers=layers,
         objective=objective,
         chunk_size=config.chunk_size,
+        log_dir=config.out if main_process() else None,
+        tensorboard=config.tensorboard,
     )

@@ -30,25 +30,32 @@ def record(config: TrainConfig, method: str, objective: Objective, trainer: Any)
     }
 
 
-def save(model: Any, tokenizer: Any, out: Path, notes: dict[str, Any]) -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    notes: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Save beside the target and move file by file: a reader never sees half a model.
 
     Args:
-        model: its exit heads, if it has any, go into a file of their own.
+        model: readouts of its exits' own, if it has any, go into a file of their own.
         tokenizer: of the model.
         out: the directory, made if need be.
         notes: the record of the run.
+        weights: the state dict, where the model's parameters are shards; None takes the model's.
     """
-    from . import exit_heads
+    from adaptive_gen import exit_readouts
 
     out.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # the Trainer turned it off
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as name:
         folder = Path(name)
-        if hasattr(model, exit_heads.NAME):
-            exit_heads.save_heads(model, folder)
-            delattr(model, exit_heads.NAME)
-        model.save_pretrained(folder)
+        exit_readouts.save_readouts(model, folder)
+        if hasattr(model, exit_readouts.NAME):
+            delattr(model, exit_readouts.NAME)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, notes)
         # The record goes last: where it lies, all of the model does.

@@ -36,8 +36,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise OptionError(
             f"--config {path} names {', '.join(unknown)}; known are {', '.join(sorted(NAMES))}."
         )
-    if isinstance(settings.get("data"), str):
-        settings["data"] = [settings["data"]]
+    for name in ("data", "eval_data"):
+        if isinstance(settings.get(name), str):
+            settings[name] = [settings[name]]
     layers = settings.get("exit_layers")
     if isinstance(layers, list | int):
         settings["exit_layers"] = ",".join(

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from adaptive_gen.losses import exit_states, exit_weights, score_exits
+from adaptive_gen.exit_readouts import readouts
+from adaptive_gen.losses import IGNORE, exit_states, exit_weights, score_exits
 from adaptive_gen.naming import Parts
 
-from .callbacks import Progress, StopOnInterrupt
-from .exit_heads import readouts
+from .callbacks import EvaluateAtEnd, History, Progress, StopOnInterrupt, TensorBoard
 from .objectives import Objective
 from .random_depth import Departures, layer_dropout, leaving
 
@@ -58,6 +60,7 @@ class SortedTraining:
         self.throughput = Throughput()
         self._departures: Departures | None = None
         self._seen: dict[int, list[Any]] = defaultdict(list)
+        self._unseen: list[Any] = []  # per held-out batch: summed loss of each exit, and labels
 
     def compute_loss(
         self,
@@ -67,6 +70,8 @@ class SortedTraining:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The sorted loss of one micro-batch, as its share of the optimiser step."""
+        if not model.training:
+            num_items_in_batch = None
         loss = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -102,6 +107,8 @@ class SortedTraining:
     def _forward(
         self, input_ids: Any, labels: Any, num_items_in_batch: Any = None, **inputs: Any
     ) -> Any:
+        if not self._bare.training:
+            return self._held_out(input_ids, labels, **inputs)
         if num_items_in_batch is not None:  # gradients are averaged over processes, not summed
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         weights = self.objective.weights(
@@ -125,8 +132,42 @@ class SortedTraining:
             self._seen[exit_layer].append(value)
         return result.loss
 
+    def _held_out(self, input_ids: Any, labels: Any, **inputs: Any) -> Any:
+        """Mean over exits of one held-out batch's cross-entropy."""
+        loader = self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            # Processes take equally many sequences: what repeats an earlier one counts for nothing.
+            here = torch.arange(len(labels), device=labels.device)
+            here += self.accelerator.process_index * len(labels)
+            labels = labels.masked_fill((here >= loader.remainder)[:, None], IGNORE)
+        labelled = (labels[:, 1:] != IGNORE).sum()
+        result = score_exits(
+            readouts(self._bare, self.exit_layers),
+            exit_states(self._bare, input_ids, self.exit_layers, **inputs),
+            labels,
+            exit_weights(self.exit_layers, None),
+            chunk_size=self.chunk_size,
+        )
+        sums = torch.stack([result.per_exit[e] for e in self.exit_layers]).nan_to_num() * labelled
+        self._unseen.append(torch.cat([sums.double(), labelled[None].double()]))
+        return result.loss.nan_to_num()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Score the held-out sequences; the time that takes is not training's."""
+        started = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.throughput.seconds -= time.perf_counter() - started
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean loss of each exit since the last log line."""
+        """Adds the mean loss of each exit: since the last log line, or over the held-out tokens."""
+        if "eval_loss" in logs and self._unseen:
+            *sums, count = self.accelerator.reduce(sum(self._unseen), "sum").tolist()
+            self._unseen.clear()
+            for exit_layer, total in zip(self.exit_layers, sums, strict=True):
+                logs[f"eval_loss_exit_{exit_layer}"] = round(total / max(count, 1), 4)
+            logs["eval_loss"] = round(sum(sums) / len(sums) / max(count, 1), 4)
         if "loss" in logs and self._seen:
             for exit_layer, values in sorted(self._seen.items()):
                 logs[f"loss_exit_{exit_layer}"] = round(float(sum(values)) / len(values), 4)
@@ -141,6 +182,8 @@ class SoFTTrainer(SortedTraining, Trainer):
         exit_layers: counts of layers, full depth last.
         objective: what a step minimises.
         chunk_size: positions whose logits exist at once.
+        log_dir: where `log.jsonl` is written, and `tensorboard/` if that is wanted; None: nowhere.
+        tensorboard: whether it is.
     """
 
     def __init__(
@@ -149,6 +192,8 @@ class SoFTTrainer(SortedTraining, Trainer):
         exit_layers: Sequence[int],
         objective: Objective | None = None,
         chunk_size: int = 1024,
+        log_dir: Path | None = None,
+        tensorboard: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -159,6 +204,11 @@ class SoFTTrainer(SortedTraining, Trainer):
         for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(noisy)
         self.add_callback(Progress())
+        self.add_callback(EvaluateAtEnd())
+        if log_dir is not None:
+            self.add_callback(History(log_dir / "log.jsonl"))
+            if tensorboard:
+                self.add_callback(TensorBoard(log_dir / "tensorboard"))
         self._stop = StopOnInterrupt()
         self.add_callback(self._stop)
 
@@ -166,6 +216,15 @@ class SoFTTrainer(SortedTraining, Trainer):
         """Train; the first Ctrl-C ends it with a checkpoint."""
         with self._stop:
             return super().train(*args, **kwargs)
+
+    def gathered(self) -> dict[str, Any] | None:
+        """All weights where processes hold shards of them; every process has to ask.
+
+        None where the model holds its weights itself, and in all processes but the first.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        return self.accelerator.get_state_dict(self.model_wrapped) or None
 
     @property
     def interrupted(self) -> bool:

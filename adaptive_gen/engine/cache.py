@@ -5,16 +5,14 @@ shallow layers only; it gets the deep ones when it is caught up or propagated. A
 every layer in text order, so the number a layer holds is also the position its next token takes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from operator import add
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Span:
     """Where a block [rows, time, ...] stands: row i has `counts[i]` tokens from `starts[i]` on.
 
@@ -22,49 +20,46 @@ class Span:
     goes to places that the row's next tokens overwrite and that no mask lets anybody see.
     """
 
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    rows: tuple[int, ...] | None = None  # of the cache, ascending; None is all of them
+    def __init__(
+        self, starts: tuple[int, ...], counts: tuple[int, ...], rows: tuple[int, ...] | None = None
+    ):
+        """Place a block.
 
-    @cached_property
-    def time(self) -> int:
-        """Length of the block's time axis."""
-        return max(self.counts)
-
-    @cached_property
-    def stop(self) -> int:
-        """One more than the largest position in the block, filling included."""
-        return max(self.starts) + self.time
-
-    @cached_property
-    def stops(self) -> tuple[int, ...]:
-        """What each row holds afterwards."""
-        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
-
-    @cached_property
-    def even(self) -> bool:
-        """Whether all rows start at one position and have equally many tokens."""
-        return len(self.starts) == 1 or (len({*self.starts}) == 1 and len({*self.counts}) == 1)
+        Args:
+            starts: each row's first position.
+            counts: each row's tokens.
+            rows: of the cache, ascending; None is all of them.
+        """
+        self.starts, self.counts, self.rows = starts, counts, rows
+        self.time = max(counts)  # length of the block's time axis
+        self.stop = max(starts) + self.time  # one more than its largest position, filling included
+        # What each row holds afterwards.
+        self.stops = tuple(map(add, starts, counts))
+        # Whether all rows start at one position and have equally many tokens.
+        self.even = len(starts) == 1 or (len({*starts}) == 1 and len({*counts}) == 1)
+        self._positions: Tensor | None = None
+        self._row_index: Tensor | None = None
 
     def positions(self, device: Any) -> Tensor:
         """Of all tokens, [rows, time] int64; [1, time] where all rows have the same."""
-        if self.even:
-            return torch.arange(self.starts[0], self.starts[0] + self.time, device=device)[None]
-        if self._positions.device != torch.device(device):
-            return self._positions.to(device)
-        return self._positions
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        return torch.tensor(self.starts)[:, None] + torch.arange(self.time)
+        if self._positions is None:
+            starts = [self.starts[:1] if self.even else self.starts]
+            self._positions = torch.tensor(starts).t() + torch.arange(self.time)
+        return self._positions.to(device)
 
     def row_index(self, device: Any) -> Tensor:
         """`rows` as a tensor; only for a span that names them."""
-        return self._row_index if str(device) == "cpu" else self._row_index.to(device)
+        if self._row_index is None:
+            self._row_index = torch.tensor(self.rows)
+        return self._row_index.to(device)
 
-    @cached_property
-    def _row_index(self) -> Tensor:
-        return torch.tensor(self.rows)
+
+class Slots(NamedTuple):
+    """A block's place in a run of layers, and what its tokens may see there."""
+
+    places: Tensor  # [layers, 2, rows, kv_heads, time, head_dim], to be written
+    keys: Tensor  # [layers, rows * kv_heads, head_dim, keys], those of the block included
+    values: Tensor  # [layers, rows * kv_heads, keys, head_dim]
 
 
 class KVCache:
@@ -87,6 +82,9 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
         self._whole: Tensor | None = None  # the buffer that all of these are views of, if they are
+        # The same cut out for a run of layers: whole, keys with time last, values.
+        self._parts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._paired = False
 
     def span(
         self, layer_idx: int, counts: Sequence[int], rows: tuple[int, ...] | None = None
@@ -125,28 +123,36 @@ class KVCache:
         self._lengthen(layer_idx, span)
         return self._put(keys, key, span), self._put(values, value, span)
 
-    def writer(
-        self, start: int, stop: int, span: Span, like: Tensor
-    ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-        """`write` for one block in layers `start`..`stop`, where all layers have K/V `like` these.
+    def slots(self, start: int, stop: int, span: Span, like: Tensor) -> Slots:
+        """Where a block with equally many tokens of every row goes in layers `start`..`stop`.
 
-        What `write` does is mostly making views, and making those of many layers takes little more
-        time than those of one.
+        Args:
+            start: first layer.
+            stop: one more than the last.
+            span: an even one, of all rows; the layers count as holding it.
+            like: keys and values of one layer, [2, rows, kv_heads, time, head_dim].
         """
-        if span.rows is not None or not span.even:
-            return lambda key, value, layer_idx: self.write(key, value, layer_idx, span)
-        whole = self._whole_with_room(like, span.stop)[start:stop].flatten(0, 1)
-        places = whole.narrow(3, span.starts[0], span.time).unbind()
-        seen = whole.narrow(3, 0, span.stop).unbind()
+        whole = self._whole_with_room(like, span.stop)
+        if (start, stop) not in self._parts:
+            part = whole[start:stop]
+            keys, values = part.flatten(2, 3).unbind(1)
+            self._parts[start, stop] = part, keys.transpose(2, 3), values
+        part, keys, values = self._parts[start, stop]
+        self.lengths[start:stop] = [span.stops] * (stop - start)
+        places = part.narrow(4, span.starts[0], span.time)
+        return Slots(places, keys.narrow(3, 0, span.stop), values.narrow(2, 0, span.stop))
 
-        def write(key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-            of_keys, of_values = 2 * (layer_idx - start), 2 * (layer_idx - start) + 1
-            places[of_keys].copy_(key)
-            places[of_values].copy_(value)
-            self.lengths[layer_idx] = span.stops
-            return seen[of_keys], seen[of_values]
+    def pair(self, paired: bool) -> None:
+        """Say how the keys' coordinates are ordered that are written and read from now on.
 
-        return write
+        A rotary embedding turns coordinate i together with i + head_dim / 2. `paired` keys have the
+        two side by side, which makes them complex numbers. Scores do not depend on it.
+        """
+        if self._paired != paired:
+            self._paired = paired
+            for keys in self._keys:
+                if keys is not None:
+                    keys.copy_(side_by_side(keys) if paired else apart(keys))
 
     def _put(self, buffer: Tensor, block: Tensor, span: Span) -> Tensor:
         """Write the block and return the span's rows of the buffer, up to its last token."""
@@ -187,8 +193,9 @@ class KVCache:
         """The buffers of all layers as one, [layers, 2, batch, kv_heads, capacity, head_dim]."""
         if self._whole is not None and self._whole.shape[4] >= length:
             return self._whole
+        self._parts.clear()
         self.capacity = max(self.capacity, 1 << (length - 1).bit_length())
-        _, heads, _, head_dim = like.shape
+        _, _, heads, _, head_dim = like.shape
         shape = len(self.lengths), 2, self.batch, heads, self.capacity, head_dim
         self._whole = whole = like.new_zeros(shape)
         for part, buffers in enumerate((self._keys, self._values)):
@@ -203,12 +210,16 @@ class KVCache:
         return max(self.lengths[layer_idx])
 
     def keys_values(self, layer_idx: int, row: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values of one row of one layer, [1, kv_heads, time, head_dim] each."""
+        """Keys and values of one row of one layer, [1, kv_heads, time, head_dim] each.
+
+        Coordinates are in the model's own order.
+        """
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if keys is None or values is None:
             raise IndexError(f"layer {layer_idx} holds no tokens yet")
         length = self.lengths[layer_idx][row]
-        return keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
+        keys, values = keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
+        return (apart(keys) if self._paired else keys), values
 
     def truncate(self, length: int, row: int = 0) -> None:
         """Forget a row's tokens from position `length` on; shorter layers stay as they are."""
@@ -261,3 +272,13 @@ class StoreOnly(Block):
         """Store the block, then leave the layer."""
         super().update(key, value, layer_idx)
         raise self.Stored
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """A copy with last coordinates i and i + size / 2 beside each other; see `KVCache.pair`."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def apart(x: Tensor) -> Tensor:
+    """What undoes `side_by_side`."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

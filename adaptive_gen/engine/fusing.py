@@ -12,23 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from ..decoder import Decoder
-from .cache import KVCache
-from .fused import FusedModel, FusedReadout, FusedSegment, Layer
-from .positions import SLIDING
+from .cache import KVCache, side_by_side
+from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix
+from .int8 import Int8Matrix
+from .workspace import Sizes, Workspace
 
 
 class Unfit(Exception):
     """Why a model cannot be run by this back end; the message is for the user."""
 
 
-def segment(model: FusedModel, start: int, stop: int) -> FusedSegment:
-    """The segment of layers `start`..`stop`, with its K/V matrices stacked for `store`."""
-    first = model.heads * model.head_dim  # queries come first and are not needed
+def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
+    """The K and V matrices of layers `start`..`stop` side by side, and their bias."""
+    first = model.sizes.heads * model.sizes.head_dim  # queries come first and are not needed
     layers = model.layers[start:stop]
-    stack = torch.cat([layer.qkv[:, first:] for layer in layers], dim=1)
+    whole = [m.float() if isinstance(m, Int8Matrix) else m for m in (x.qkv for x in layers)]
+    stack = torch.cat([matrix[:, first:] for matrix in whole], dim=1)
     biases = [layer.qkv_bias for layer in layers if layer.qkv_bias is not None]
     bias = torch.cat([b[first:] for b in biases]) if biases else None
-    return FusedSegment(model, start, stop, (faster_order(stack), bias))
+    if isinstance(layers[0].qkv, Int8Matrix):
+        return Int8Matrix.of(stack), bias
+    return faster_order(stack), bias
 
 
 def fuse(decoder: Decoder) -> FusedModel:
@@ -49,15 +53,19 @@ def fuse(decoder: Decoder) -> FusedModel:
         raise Unfit(f"{decoder.config._attn_implementation} makes its own masks")
     try:
         first = layers[0].self_attn
-        kv_heads = first.k_proj.out_features // first.head_dim
+        sizes = Sizes(
+            hidden=first.q_proj.in_features,
+            heads=first.q_proj.out_features // first.head_dim,
+            kv_heads=first.k_proj.out_features // first.head_dim,
+            head_dim=first.head_dim,
+            intermediate=layers[0].mlp.up_proj.out_features,
+            floor=_floor(layers[0].input_layernorm),
+        )
         model = FusedModel(
             decoder=decoder,
-            layers=[_layer(decoder, i, layer) for i, layer in enumerate(layers)],
-            heads=first.q_proj.out_features // first.head_dim,
-            kv_heads=kv_heads,
-            head_dim=first.head_dim,
-            floor=_floor(layers[0].input_layernorm, weight),
-            qk_floor=_floor(getattr(first, "q_norm", None), weight),
+            layers=[_layer(layer) for layer in layers],
+            sizes=sizes,
+            qk_floor=weight.new_tensor(_floor(getattr(first, "q_norm", None))),
         )
         _compare(model)
     except (AttributeError, RuntimeError) as error:
@@ -69,16 +77,16 @@ def fuse_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
     """Prepare a root-mean-square norm and the head behind it; None if the norm is another."""
     if not hasattr(norm, "variance_epsilon"):
         return None
-    readout = FusedReadout(faster_order((head.weight * _gain(norm)).t()), _floor(norm, head.weight))
+    matrix = faster_order((head.weight * _gain(norm)).t())
+    readout = FusedReadout(matrix, head.weight.new_tensor(_floor(norm)))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, head.in_features, generator=generator, dtype=head.weight.dtype)
     return readout if _difference(readout(hidden), head(norm(hidden))) is None else None
 
 
-def _floor(norm: Any, like: Tensor) -> Tensor:
+def _floor(norm: Any) -> float:
     """The least that a norm of this size divides by; see `FusedModel`."""
-    least = 0.0 if norm is None else math.sqrt(norm.weight.numel() * norm.variance_epsilon)
-    return like.new_tensor(least)
+    return 0.0 if norm is None else math.sqrt(norm.weight.numel() * norm.variance_epsilon)
 
 
 def _gain(norm: Any) -> Tensor:
@@ -86,7 +94,7 @@ def _gain(norm: Any) -> Tensor:
     return norm.weight * math.sqrt(norm.weight.numel())
 
 
-def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
+def _layer(layer: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -104,11 +112,12 @@ def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
     if hasattr(attention, "q_norm"):
         heads = q.shape[0] // attention.head_dim, k.shape[0] // attention.head_dim
         q_gain, k_gain = _gain(attention.q_norm) * scale, _gain(attention.k_norm)
-        gain = torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)])
+        gain = side_by_side(torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)]))
     else:
         q = q * scale
         biases[0] = None if biases[0] is None else biases[0] * scale
-    sliding = decoder.positions.layer_types[index] == SLIDING
+    q, k = (_paired(m, attention.head_dim) for m in (q, k))
+    biases[:2] = (None if b is None else _paired(b, attention.head_dim) for b in biases[:2])
     return Layer(
         qkv=faster_order(torch.cat([q, k, v]).t()),
         qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
@@ -117,7 +126,13 @@ def _layer(decoder: Decoder, index: int, layer: Any) -> Layer:
         out_bias=linears[3].bias,
         gate_up=faster_order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),
         down=faster_order(linears[6].weight.t()),
-        window=decoder.positions.window if sliding else None,
+    )
+
+
+def _paired(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows [heads * head_dim, ...] of a projection, each head's in the order of `KVCache.pair`."""
+    return (
+        side_by_side(rows.unflatten(0, (-1, head_dim)).movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
     )
 
 
@@ -140,7 +155,8 @@ def _compare(model: FusedModel) -> None:
     """Raise `Unfit` unless random tokens come out as the module back end gives them."""
     decoder = model.decoder
     caches = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
-    whole = segment(model, 0, decoder.n_layers)
+    everything = stacked(model, 0, decoder.n_layers)
+    whole = FusedSegment(model, 0, decoder.n_layers, everything, Workspace(model.sizes))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, 10), generator=generator)
     for part in ids.split([5, 1, 3, 1], dim=1):

@@ -51,14 +51,14 @@ class Positions:
         rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}
         self._tabled = rope_types <= _STATIC_ROPE
         self._table: Block | None = None
+        self._turns: tuple[Block, Tensor] | None = None  # a table, and it as complex numbers
 
-    def block(self, hidden: Tensor, where: Span | int, boolean: bool = False) -> Block:
+    def block(self, hidden: Tensor, where: Span | int) -> Block:
         """Positions, rotary embeddings and masks for a block.
 
         Args:
             hidden: [rows, time, hidden]; its dtype and device decide those of the result.
             where: the block's place, or the position at which all its rows start.
-            boolean: give masks of what is seen, whatever the model's own attention takes.
         """
         if isinstance(where, int):
             where = Span((where,), (hidden.shape[1],))
@@ -72,9 +72,29 @@ class Positions:
             else:
                 ids = where.positions(hidden.device)
                 embeddings = {k: (c[0, ids], s[0, ids]) for k, (c, s) in table.embeddings.items()}
-        attention = "sdpa" if boolean else self._config._attn_implementation
+        attention = self._config._attn_implementation
         masks = {kind: self._mask(kind, attention, hidden, where, ids) for kind in self.types}
         return Block(ids, embeddings, masks)
+
+    def turns(self, hidden: Tensor, where: Span) -> Tensor:
+        """Rotary embeddings as complex numbers, [rows or 1, time, head_dim / 2].
+
+        They are those of all layers where `rotary_by_type` does not hold.
+        """
+        if not self._tabled:
+            return _as_complex(*self._embed(hidden, where.positions(hidden.device))[self.types[0]])
+        table = self._grown_table(hidden, where.stop)
+        if self._turns is None or self._turns[0] is not table:
+            self._turns = table, _as_complex(*table.embeddings[self.types[0]])
+        turns = self._turns[1]
+        if where.even:
+            return turns[:, where.starts[0] : where.stop]
+        return turns[0, where.positions(hidden.device)]
+
+    def masks(self, hidden: Tensor, where: Span) -> dict[str, Tensor | None]:
+        """Which keys a block's tokens see, by layer type: as `Block` has it, true where they do."""
+        ids = where.positions(hidden.device)
+        return {kind: self._mask(kind, "sdpa", hidden, where, ids) for kind in self.types}
 
     def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self.rotary_by_type:
@@ -120,6 +140,12 @@ class Positions:
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(
             ~allowed, torch.finfo(hidden.dtype).min
         )
+
+
+def _as_complex(cos: Tensor, sin: Tensor) -> Tensor:
+    """What `cos` and `sin` [..., head_dim], alike in both halves, do to pairs of coordinates."""
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[..., :half], sin[..., :half])
 
 
 def _cut(table: Block, start: int, stop: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

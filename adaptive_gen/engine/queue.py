@@ -26,6 +26,11 @@ class Queue:
     ) -> None:
         """Append `counts[i]` tokens of the block [rows, time, hidden] to each of `rows`."""
         held = self.counts if rows is None else [self.counts[row] for row in rows]
+        if rows is None and len(held) == 1:
+            buffer = self._buffer = self._with_room(block, held[0] + counts[0])
+            buffer.narrow(1, held[0], counts[0]).copy_(block)
+            self.counts[0] += counts[0]
+            return
         span = Span(tuple(held), tuple(counts), rows)
         buffer = self._buffer = self._with_room(block, span.stop)
         if span.even and rows is None:

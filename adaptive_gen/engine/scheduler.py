@@ -41,7 +41,7 @@ class Scheduler:
         policy: ExitPolicy,
         confidences: Confidences,
         rules: Rules | None = None,
-        readout: Callable[[Tensor], Tensor] | None = None,
+        readout: Callable[[Tensor, int], Tensor] | None = None,
     ):
         """Set up empty queues.
 
@@ -52,7 +52,7 @@ class Scheduler:
             policy: asked at the end of every segment but the last.
             confidences: what the policy is shown.
             rules: how tokens move.
-            readout: what gives logits [rows, vocab]; None is the decoder's own.
+            readout: (hidden, exit layer) -> logits [rows, vocab]; None is the decoder's own.
         """
         self.decoder, self.segments, self.cache = decoder, segments, cache
         self.policy, self.confidences = policy, confidences
@@ -201,9 +201,10 @@ class Scheduler:
         hidden = _pick(hidden, asked)
         if self.confidences.reads_hidden:
             logits = None
-            confidences = self.confidences.of_hidden(self.decoder.normed(hidden), exit_layer)
+            normed = self.decoder.normed(hidden, exit_layer)
+            confidences = self.confidences.of_hidden(normed, exit_layer)
         else:
-            logits = self.readout(hidden)
+            logits = self.readout(hidden, exit_layer)
             confidences = self.confidences(logits, exit_layer)
         leaving = []  # places among those asked
         for place, (i, confidence) in enumerate(
@@ -216,7 +217,7 @@ class Scheduler:
         if not leaving:
             return None
         if logits is None:
-            logits = self.readout(_pick(hidden, leaving))
+            logits = self.readout(_pick(hidden, leaving), exit_layer)
         else:
             logits = _pick(logits, leaving)
         left = tuple(rows[asked[place]] for place in leaving)
@@ -240,7 +241,7 @@ class Scheduler:
         def own() -> Tensor:
             if logits is not None:
                 return logits[place : place + 1]
-            return self.readout(hidden[place : place + 1])
+            return self.readout(hidden[place : place + 1], exit_layer)
 
         return Check(
             exit_layer,
@@ -259,7 +260,7 @@ class Scheduler:
             logits = torch.stack([part[-1] for part in read])
             drafts = [part[:-1] for part in read]
         else:
-            logits = self.readout(newest(out, counts))
+            logits = self.readout(newest(out, counts), self.decoder.n_layers)
         for i in rows:
             self.rows[i].stage, self.rows[i].drafts = -1, 0
         return Readout(rows, logits, self.decoder.n_layers, [math.nan] * len(rows), drafts)
@@ -269,7 +270,8 @@ class Scheduler:
     ) -> list[Tensor]:
         """Logits of each row's drafts [drafts + newest_too, vocab] in the last segment's output."""
         wanted = [self.rows[i].drafts + newest_too for i in rows]
-        return list(self.readout(latest(out, counts, wanted)).split(wanted))
+        drafts = latest(out, counts, wanted)
+        return list(self.readout(drafts, self.decoder.n_layers).split(wanted))
 
     def _must_go_on(self, index: int, row: int) -> bool:
         """Whether a row must not leave: its queue in front of segment `index` is too full."""

@@ -1,0 +1,81 @@
+"""`weights="int8"`: the fused back end over weights rounded to 8 bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import adaptive_gen
+from adaptive_gen.decoder import Decoder
+from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.engine.fused import FusedSegment
+from adaptive_gen.engine.fusing import fuse, stacked
+from adaptive_gen.engine.int8 import MATRICES, Int8Matrix, quantised
+from adaptive_gen.engine.workspace import Workspace
+from adaptive_gen.errors import ModelError, OptionError
+
+PROMPT = torch.arange(3, 11)[None]
+
+
+def test_no_entry_is_off_by_more_than_half_a_step():
+    matrix = torch.randn(48, 32) * torch.logspace(-3, 1, 32)
+    rounded = Int8Matrix.of(matrix)
+    assert rounded.steps.dtype == torch.int8
+    error = (rounded.float() - matrix).abs()
+    # The scale is kept in bfloat16, so the largest entry may be cut off by its rounding.
+    assert (error <= rounded.scale.float() * (0.5 + 127 * 2**-8)).all()
+    assert ((error <= rounded.scale.float() * 0.501).float().mean()) > 0.95
+
+
+def test_a_column_of_zeros_stays_zero():
+    assert (Int8Matrix.of(torch.zeros(16, 16)).float() == 0).all()
+
+
+@torch.no_grad()
+def test_it_computes_the_model_with_rounded_weights(tiny_llama):
+    """Up to bfloat16, in which the activations enter each product."""
+    decoder = Decoder(tiny_llama().eval())
+    ours = quantised(fuse(decoder))
+    layers = [
+        replace(layer, **{name: getattr(layer, name).float() for name in MATRICES})
+        for layer in ours.layers
+    ]
+    hidden, n_layers = decoder.embed(torch.arange(3, 23)[None]), decoder.n_layers
+    states = []
+    for model in (ours, replace(ours, layers=layers)):
+        workspace = Workspace(model.sizes)
+        segment = FusedSegment(model, 0, n_layers, stacked(model, 0, n_layers), workspace)
+        states.append(segment.run(hidden, KVCache(n_layers)).clone())
+    assert 0 < (states[0] - states[1]).norm() / states[1].norm() < 0.05
+
+
+@torch.no_grad()
+def test_keys_and_values_are_those_of_a_run_token_by_token(tiny_llama):
+    decoder = Decoder(tiny_llama().eval())
+    (segment,) = Backend(decoder, "fused", "int8").segments([decoder.n_layers])
+    ids = torch.arange(3, 15)[None]
+    together, apart = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
+    segment.run(decoder.embed(ids), together)
+    for token in ids.split(1, dim=1):
+        segment.run(decoder.embed(token), apart)
+    for layer in range(decoder.n_layers):
+        for a, b in zip(together.keys_values(layer), apart.keys_values(layer), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_generation_says_what_it_ran_on(tiny_llama, kv):
+    model = adaptive_gen.wrap(tiny_llama(), exit_layers=[2, 4], weights="int8")
+    out = model.generate(
+        PROMPT, adaptive=True, threshold=0.3, kv=kv, max_new_tokens=20, return_dict_in_generate=True
+    )
+    assert out.report.engine == "fused-int8"
+    assert len(out.exit_layers[0]) == out.report.new_tokens
+
+
+def test_a_model_that_fused_cannot_run_has_no_int8_weights(tiny_llama):
+    with pytest.raises(ModelError, match=r"weights='int8' cannot run .* Leave it out"):
+        adaptive_gen.wrap(tiny_llama(), engine="module", weights="int8")
+    with pytest.raises(OptionError, match="weights='int4' is unknown; use one of own, int8"):
+        adaptive_gen.wrap(tiny_llama(), weights="int4")
