@@ -45,7 +45,9 @@ def settings(exits: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
 def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarray]:
     """The fitted cost model, and milliseconds per new token of every setting."""
     n_layers, cap = state(model).n_layers, state(model).queue_cap
-    exits, confidence = state(model).exit_layers, state(model).calibration.confidence
+    calibration = state(model).calibration
+    assert calibration is not None, "the settings' thresholds are calibrated chances"
+    exits, confidence = state(model).exit_layers, calibration.confidence
     scripts = profile.scripts(exits, PROFILE_TOKENS)
     turns = rounds * len(prompts)
     scripted = np.zeros((2, len(scripts), turns))
@@ -81,6 +83,7 @@ def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarra
 def predicted(model, trace, cost, found, kv):
     """Milliseconds per new token of every setting, and its mean depth."""
     calibration = state(model).calibration
+    assert calibration is not None
     curves = calibration.maps[calibration.confidence]
     cap = state(model).queue_cap
     traced = search.Traced.of(trace, curves, calibration.confidence, cost, kv, cap)
