@@ -85,7 +85,7 @@ def measure(vocab: int, exits: int, distil: float, options: argparse.Namespace) 
 
         step()  # what is made once is made now
         model.zero_grad(set_to_none=True)
-        held = allocated(step, options.device)
+        held = 0 if options.no_memory else allocated(step, options.device)
         steps[name] = {
             "step_bytes": held,
             "seconds": seconds(step, options.device, options.rounds),
@@ -94,8 +94,12 @@ def measure(vocab: int, exits: int, distil: float, options: argparse.Namespace) 
         # Weights and AdamW's two moments lie there; the gradients are among the step's bytes.
         steps[name]["peak_bytes"] = steps[name]["step_bytes"] + 3 * weights
     row = {"vocab": vocab, "exits": exits, "distil": distil, "weight_bytes": weights, **steps}
+    # What more matrix products alone cost: every layer once, the head once an exit.
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.model.layers.parameters())
+    row["products_ratio"] = round((body + exits * head) / (body + head), 3)
     for key in ("step_bytes", "peak_bytes", "seconds"):
-        row[f"{key}_ratio"] = round(steps["soft"][key] / steps["sft"][key], 3)
+        row[f"{key}_ratio"] = round(steps["soft"][key] / max(steps["sft"][key], 1e-9), 3)
     return row
 
 
@@ -110,6 +114,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=257)
     parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path)
@@ -121,10 +126,11 @@ def main() -> None:
             for distil in options.distil:
                 rows.append(measure(vocab, exits, distil, options))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print("| vocabulary | exits | distil | memory of the step | with weights, AdamW | time |")
-    print("|---|---|---|---|---|---|")
+    names = ["vocabulary", "exits", "distil", "memory of the step", "with weights, AdamW", "time"]
+    print("| " + " | ".join([*names, "matrix products"]) + " |\n" + "|---" * 7 + "|")
     for row in rows:
-        ratios = [f"{row[f'{k}_ratio']:.2f}x" for k in ("step_bytes", "peak_bytes", "seconds")]
+        keys = ("step_bytes", "peak_bytes", "seconds", "products")
+        ratios = [f"{row[f'{k}_ratio']:.2f}x" for k in keys]
         print(f"| {row['vocab']:,} | {row['exits']} | {row['distil']} | {' | '.join(ratios)} |")
     if options.out:
         revision = ["git", "rev-parse", "--short", "HEAD"]
