@@ -10,8 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install adaptive_gen[gpu]")
 
+import families
 from triton.runtime import interpreter
 
+import adaptive_gen
+from adaptive_gen import FixedExit
+from adaptive_gen.engine import graphs
 from adaptive_gen.kernels import operations, plain
 from adaptive_gen.kernels.attention import attend
 from adaptive_gen.kernels.plan import Heads, Plan
@@ -20,7 +24,10 @@ from adaptive_gen.kernels.plan import Heads, Plan
 @pytest.fixture(autouse=True, scope="module")
 def loops_with_numpy_2_4():
     """Triton 3.6's interpreter asks arrays of one element for an int, which NumPy now refuses."""
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch_tensor is None:  # another Triton, which may need no help
+        yield
+        return
 
     def patched(tensor, scope, *args):
         patch_tensor(tensor, scope, *args)
@@ -197,6 +204,34 @@ def test_attention_reads_nothing_beyond_a_rows_length_and_skips_flagged_rows():
     skip = torch.tensor([0, 1], device=DEVICE)
     skipped = attend(query, keys, values, plan, 1.0, None, skip)
     assert torch.equal(skipped[:2], expected[:2]) and not skipped[2].any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"family": "llama"}, {"family": "qwen3", "layer_types": families.ALTERNATING[:2]}],
+    ids=lambda config: config["family"],
+)
+@pytest.mark.slow
+def test_the_engine_runs_on_the_kernels(config, monkeypatch):
+    """Half precision on a GPU would take them; here float32 does."""
+    monkeypatch.setattr(operations, "best_for", lambda like: KERNELS)
+    monkeypatch.setattr(graphs, "TILES", (6,))
+    prompt, outputs = torch.tensor([[3, 4, 5]], device=DEVICE), []
+    for engine in ("static", "module"):
+        model = families.make(**config, num_hidden_layers=2).to(DEVICE)
+        model = adaptive_gen.wrap(model, [1], engine=engine)
+        out = model.generate(
+            prompt,
+            adaptive=True,
+            policy=FixedExit(1),
+            kv="propagate",
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        assert out.report.engine == engine
+        outputs.append(torch.cat(out.logits))
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .plain import SUMMARY
-from .projection import at_least_16, normed_rows, rstd_kernel
+from .projection import at_least_16, normed_tile, rstd_kernel
 
 BLOCK_VOCAB, BLOCK_HIDDEN = 64, 64
 
@@ -35,12 +35,7 @@ def _partial_kernel(
     for start in range(0, hidden, HIDDEN):
         at = start + at_hidden
         real = at < hidden
-        rows = tl.load(
-            x + at_row[:, None] * hidden + at[None, :],
-            mask=row_real[:, None] & real[None, :], other=0.0,
-        )  # fmt: skip
-        factor = tl.load(gain + at, mask=real, other=0.0)
-        rows = normed_rows(rows, scale, factor)
+        rows = normed_tile(x, gain, scale, at_row, row_real, at, hidden)
         weight = tl.load(
             head + ids[:, None].to(tl.int64) * hidden + at[None, :],
             mask=id_real[:, None] & real[None, :], other=0.0,

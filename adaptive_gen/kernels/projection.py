@@ -30,11 +30,17 @@ def _rstd_kernel(x, out, eps, hidden: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def normed_rows(rows, rstd, gain):
-    """Rows in the model's precision, normed; rounded where torch rounds."""
+def normed_tile(x, gain, rstd, at_row, row_real, at, hidden: tl.constexpr):
+    """Columns `at` of rows `at_row` of [tokens, hidden], normed and rounded where torch rounds."""
+    real = at < hidden
+    rows = tl.load(
+        x + at_row[:, None] * hidden + at[None, :],
+        mask=row_real[:, None] & real[None, :], other=0.0,
+    )  # fmt: skip
     kind = rows.dtype
+    factor = tl.load(gain + at, mask=real, other=0.0).to(tl.float32)
     rows = (rows.to(tl.float32) * rstd[:, None]).to(kind)
-    return (rows.to(tl.float32) * gain.to(tl.float32)[None, :]).to(kind)
+    return (rows.to(tl.float32) * factor[None, :]).to(kind)
 
 
 @triton.jit
@@ -64,12 +70,7 @@ def _project_kernel(
     for start in range(0, hidden, HIDDEN):
         at = start + at_hidden
         real = at < hidden
-        rows = tl.load(
-            x + at_row[:, None] * hidden + at[None, :],
-            mask=row_real[:, None] & real[None, :], other=0.0,
-        )  # fmt: skip
-        factor = tl.load(gain + at, mask=real, other=0.0)
-        rows = normed_rows(rows, scale, factor)
+        rows = normed_tile(x, gain, scale, at_row, row_real, at, hidden)
         place = at_out[:, None].to(tl.int64) * hidden + at[None, :]
         seen = out_real[:, None] & real[None, :]
         part = tl.load(weight + place, mask=seen, other=0.0)
