@@ -10,7 +10,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def verdict_of(ours: float, theirs: float) -> float:
     return float((ours > theirs) - (ours < theirs))
 
 
-def grid(verdicts: dict[tuple[int, int], Sequence[float]]) -> list[dict[str, Any]]:
+def grid(verdicts: Mapping[tuple[int, int], Sequence[float]]) -> list[dict[str, Any]]:
     """Cells of a table: (wins - losses) / all with its bootstrap interval over questions.
 
     Args:
