@@ -49,8 +49,9 @@ def test_generation_reads_exits_through_them(tiny_llama, kind, engine):
     adaptive_gen.wrap(model, engine=engine)
     assert state(model).exit_layers == (1, 3, 4)
     ways = readouts(model, [1, 3, 4])
-    for exit_layer, thresholds in ((1, {1: 0.0, 3: 1.0}), (3, {1: 1.0, 3: 0.0})):
-        out = model.generate(ids, **SETTINGS, threshold=thresholds)
+    rules = {1: {1: 0.0, 3: 1.0}, 3: {1: 1.0, 3: 0.0}}
+    outs = {e: model.generate(ids, **SETTINGS, threshold=rule) for e, rule in rules.items()}
+    for exit_layer, out in outs.items():  # hidden states put hooks on the layers: they come after
         text, left = out.sequences, out.exit_layers[0]
         assert set(left.tolist()) == {exit_layer, 4}  # the prompt's last token runs to the end
         with torch.no_grad():
