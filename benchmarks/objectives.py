@@ -32,7 +32,7 @@ from adaptive_gen.train.saving import write_json, write_text
 
 OBJECTIVES = (
     "uniform distil:1+full:3 distil:1 full:3 sft>exit-block+distil:1 distil:1+full:9 quadratic "
-    "rotating+distil:1 sft>exit-norm+distil:1 distil:0.5 gradual+distil:1 sampled"
+    "rotating+distil:1 sft>exit-norm+distil:1 full:2 distil:0.5 distil:0.5+full:2"
 ).split()
 
 
@@ -49,7 +49,9 @@ def main() -> None:
         for objective in ["sft", *options.objectives]:
             folder = options.out / "instruct" / f"seed{seed}"
             config = settings_of(plan, options.base, data["train"], seed)
-            found = score(objective, config, folder, exits, data["test"])
+            found = score(objective, config, folder, exits, data["test"], options.kept)
+            if found is None:
+                continue
             results.append({"objective": objective, "seed": seed, **found})
             report(options.out, results, exits)
     sys.stdout.write((options.out / "objectives.md").read_text(encoding="utf-8"))
@@ -64,19 +66,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--instruct", type=Path, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES)
+    parser.add_argument("--kept", action="store_true", help="only write the table of what is there")
     parser.add_argument("--quick", action="store_true", help="few rows, one epoch")
     return parser.parse_args()
 
 
 def score(
-    objective: str, config: TrainConfig, folder: Path, exits: list[int], test: Path
-) -> dict[str, dict[str, float]]:
+    objective: str, config: TrainConfig, folder: Path, exits: list[int], test: Path, kept_only: bool
+) -> dict[str, dict[str, float]] | None:
     """Loss and agreement per exit of one objective, measured unless it is there."""
     ours = {"sft": folder / "sft", "uniform": folder / "soft"}
     out = ours.get(objective, folder / "objectives" / objective.replace(">", "-"))
     kept = out / "held_out.json"
     if kept.is_file():
         return read_scores(kept)
+    if kept_only:
+        return None
     layers = ",".join(map(str, exits))
     if not (out / "training.json").is_file():
         sys.stderr.write(f"seed {config.seed}: {objective}\n")

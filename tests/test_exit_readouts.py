@@ -49,16 +49,18 @@ def test_generation_reads_exits_through_them(tiny_llama, kind, engine):
     adaptive_gen.wrap(model, engine=engine)
     assert state(model).exit_layers == (1, 3, 4)
     ways = readouts(model, [1, 3, 4])
-    out = model.generate(ids, **SETTINGS, threshold={1: 0.5, 3: 0.0})
-    text, left = out.sequences, out.exit_layers[0]
-    assert set(left.tolist()) == {1, 3, 4}
-    with torch.no_grad():
-        hidden = model.model(text[:, :-1], output_hidden_states=True).hidden_states
-    for exit_layer, way in ways.items():
+    rules = {1: {1: 0.0, 3: 1.0}, 3: {1: 1.0, 3: 0.0}}
+    outs = {e: model.generate(ids, **SETTINGS, threshold=rule) for e, rule in rules.items()}
+    for exit_layer, out in outs.items():  # hidden states put hooks on the layers: they come after
+        text, left = out.sequences, out.exit_layers[0]
+        assert set(left.tolist()) == {exit_layer, 4}  # the prompt's last token runs to the end
+        with torch.no_grad():
+            hidden = model.model(text[:, :-1], output_hidden_states=True).hidden_states
         # The last of the hidden states has passed the final norm.
-        logits = model.lm_head(hidden[4]) if exit_layer == 4 else way(hidden[exit_layer])
-        here = left == exit_layer
-        assert torch.equal(logits[0, 8:].argmax(-1)[here], text[0, 9:][here])
+        deep, early = model.lm_head(hidden[4]), ways[exit_layer](hidden[exit_layer])
+        chosen = torch.where(left == 4, deep[0, 8:].argmax(-1), early[0, 8:].argmax(-1))
+        assert torch.equal(chosen, text[0, 9:])
+        assert not torch.equal(early, model.lm_head(model.model.norm(hidden[exit_layer])))
 
 
 @pytest.mark.parametrize("kind", ["norm", "block", "head"])
