@@ -62,13 +62,14 @@ class FusedSegment:
     stacked: tuple[Matrix, Tensor | None]  # K and V matrices of all its layers, and their bias
     workspace: Workspace  # shared by the segments of one generation
 
+    @torch.no_grad()
     def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         model, positions = self.model, self.model.decoder.positions
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         cache.pair(True)
         room = self._room(hidden, span)
-        room.hidden.copy_(hidden.detach())  # the sum of all layers' outputs so far, in place
+        room.hidden.copy_(hidden)  # the sum of all layers' outputs so far, in place
         x = room.x
         attend = Attention(room, positions, cache, span, self.start, self.stop)
         for index in range(self.start, self.stop):
@@ -90,13 +91,14 @@ class FusedSegment:
             room.place(span.starts, self.model.decoder.positions.turns(hidden, span))
         return room
 
+    @torch.no_grad()
     def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """K/V of a block for all layers: one product, one rotation, and one write."""
         model = self.model
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         cache.pair(True)
         room = self._room(hidden, span)
-        room.hidden.copy_(hidden.detach())
+        room.hidden.copy_(hidden)
         sizes, layers = model.sizes, self.stop - self.start
         kv = product(room.normed(), *self.stacked).view(
             *hidden.shape[:2], layers, 2, sizes.kv_heads, sizes.head_dim

@@ -201,6 +201,8 @@ class Scheduler:
         hidden = _pick(hidden, asked)
         if self.confidences.reads_hidden:
             logits = None
+            # A policy may ask an earlier check for its token when deeper segments have run.
+            hidden = hidden.clone()
             normed = self.decoder.normed(hidden, exit_layer)
             confidences = self.confidences.of_hidden(normed, exit_layer)
         else:
