@@ -142,7 +142,7 @@ def propagated_by_hand(model, ids, depth):
 
 
 def test_tokens_that_left_give_the_keys_and_values_of_the_state_they_left_with(tiny_llama):
-    model = tiny_llama().double()
+    model = tiny_llama().double().train()  # held-out rows are scored at full depth
     ids = torch.randint(0, 200, (1, 24))
     with torch.no_grad():
         with leaving(model.model, model.model.layers, EXITS, 0.6) as departures:
