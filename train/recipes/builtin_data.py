@@ -3,7 +3,9 @@
 Reads the permissive sets named in the model card from a local directory and writes `train.txt`
 (stories and chats, shuffled; the chats already carry the role tokens of the built-in template, so
 that everything packs into one stream), `soft.txt` (the same without the old tales, whose language
-is beyond a model of this size: they only broaden its words) and the held-out `eval.txt`.
+is beyond a model of this size: they only broaden its words), `long.txt` (for the long last phase:
+every story with two more requests of its own, so that what stays the same is that the story is
+what was asked for) and the held-out `eval.txt`.
 
     python train/recipes/builtin_data.py --data-dir DATA --out OUT
 """
@@ -229,8 +231,15 @@ def main() -> None:
     rng.shuffle(documents)
     last = [*simple, *map(render, talk + small_talk)]
     rng.shuffle(last)
+    asked_twice = [
+        render([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+        for q, a in (request(s, nouns, rng) for s in simple * 2)
+    ]
+    long = [*simple, *asked_twice, *(b for b in books if len(b) > 150), *map(render, small_talk)]
+    rng.shuffle(long)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, texts in (("eval.txt", held), ("train.txt", documents), ("soft.txt", last)):
+    files = {"eval.txt": held, "train.txt": documents, "soft.txt": last, "long.txt": long}
+    for name, texts in files.items():
         (args.out / name).write_text(f"\n{END}\n".join(texts) + "\n", encoding="utf-8")
 
 
