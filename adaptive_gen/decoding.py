@@ -155,9 +155,10 @@ class TokenLoop:
         else:
             tokens = scores.argmax(-1)
         self.texts.append(texts, tokens)
-        stops = self.texts.stop(texts, scores)
+        ids = tokens.tolist()
+        stops = self.texts.stop(texts, ids, scores)
         early = readout.exit_layer < self.scheduler.decoder.n_layers
-        for i, (text, token) in enumerate(zip(texts, tokens.tolist(), strict=True)):
+        for i, (text, token) in enumerate(zip(texts, ids, strict=True)):
             step = Step(token, readout.exit_layer, readout.confidences[places[i]], stops[i])
             if early and (self.settings.lossless or self._auditor is not None):
                 top = int(scores[i].argmax()) if chances is not None else token
@@ -203,11 +204,11 @@ class TokenLoop:
                 text.accepted += 1
                 step = draft.step
                 if self.config.output_scores:  # criteria may read them, and saw the exit's
-                    step = step._replace(last=self.texts.stop([text], scores)[0])
+                    step = step._replace(last=self.texts.stop([text], [step.token], scores)[0])
                 self._confirm(text, step, scores, raw)
             else:
                 self.texts.ids[text.row, text.width - 1] = other
-                (stops,) = self.texts.stop([text], scores)
+                (stops,) = self.texts.stop([text], [other], scores)
                 n_layers = self.scheduler.decoder.n_layers
                 self._confirm(text, Step(other, n_layers, math.nan, stops), scores, raw)
             if other is not None or text.finished:

@@ -78,6 +78,9 @@ class Parts:
             raise _lacking(model, missing)
         self.base, self._names, self._model = base, cast(dict[str, str], names), model
         self._positions = next((name for name in _LEARNED_POSITIONS if hasattr(base, name)), None)
+        # OPT 350M embeds in fewer dimensions, Granite scales. A module looks long for what it lacks.
+        self._project_in = getattr(base, "project_in", None)
+        self._embedding_multiplier = getattr(base, "embedding_multiplier", None)
         self.rotary_emb: nn.Module = getattr(base, "rotary_emb", None) or Unrotated()
         known = self._layer_keywords()
         self._cache = next((name for name in _CACHE_KEYWORDS if name in known), _CACHE_KEYWORDS[0])
@@ -121,12 +124,11 @@ class Parts:
         Returns:
             [batch, time, hidden]
         """
-        base = self.base
-        hidden = getattr(base, self._names["embed_tokens"])(ids)
-        if getattr(base, "project_in", None) is not None:  # OPT 350M embeds in fewer dimensions
-            hidden = base.project_in(hidden)
-        if getattr(base, "embedding_multiplier", None) is not None:  # Granite
-            hidden = hidden * base.embedding_multiplier
+        hidden = getattr(self.base, self._names["embed_tokens"])(ids)
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
+        if self._embedding_multiplier is not None:
+            hidden = hidden * self._embedding_multiplier
         if self._positions is not None:
             hidden = hidden + self._placed(position_ids).to(hidden.device)
         return hidden

@@ -5,6 +5,7 @@ Axes: `rows`, `time`, `vocab`.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .drafting import Draft, DraftLength
 from .report import Step
@@ -50,7 +52,7 @@ class Texts:
             criteria: transformers' list of stopping criteria.
         """
         self.prompts, self.config = prompts, config
-        self.criteria = criteria
+        self.criteria, self._ends = criteria, _plain_ends(criteria)
         self.logits_processor = self._with_prefixes_of_real_rows(logits_processor)
         self.ids = torch.nn.functional.pad(prompts, (0, room))
         self.rows = [Text(row, prompts.shape[1]) for row in range(len(prompts))]
@@ -58,6 +60,10 @@ class Texts:
 
     def process(self, texts: list[Text], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scores after the logits processors, and the logits as float32; [rows, vocab] each."""
+        kept = self.config.output_logits or self.config.output_scores
+        if not self.logits_processor and not kept:
+            logits = logits.to(self.ids.device, torch.float32)
+            return logits, logits
         # Processors may write in place, and transformers shows them float32 whatever the model's.
         logits = logits.to(self.ids.device, torch.float32, copy=True)
         ids, rows = self.seen(texts), [text.row for text in texts]
@@ -98,10 +104,13 @@ class Texts:
             return self.seen(texts)[:, -1:]
         return torch.stack([self.ids[text.row, text.width - 1] for text in texts])[:, None]
 
-    def stop(self, texts: list[Text], scores: Tensor | None = None) -> list[bool]:
-        """Whether each of equally long texts ends as it stands."""
+    def stop(self, texts: list[Text], tokens: list[int], scores: Tensor) -> list[bool]:
+        """Whether each of equally long texts ends as it stands, with its last token in `tokens`."""
+        if self._ends is not None:
+            length, ids = self._ends
+            return [texts[0].width >= length or token in ids for token in tokens]
         shown = None
-        if self.config.output_scores and scores is not None and len(self.rows) == 1:
+        if self.config.output_scores and len(self.rows) == 1:
             shown = (*texts[0].scores, scores)
         ids, rows = self.seen(texts), [text.row for text in texts]
         if len(rows) == len(self.rows):
@@ -138,6 +147,25 @@ class Texts:
 
                 own[i] = PrefixConstrainedLogitsProcessor(allowed, processor._num_beams)
         return own
+
+
+def _plain_ends(criteria: Any) -> tuple[float, frozenset[int]] | None:
+    """The length and the tokens that end a text, where nothing else does; else None.
+
+    Asking transformers' own two criteria takes several tensor operations for each token.
+    """
+    length, ids = math.inf, frozenset[int]()
+    for criterion in criteria:
+        if type(criterion) is EosTokenCriteria:
+            ids |= set(criterion.eos_token_id.tolist())
+        elif type(criterion) is MaxLengthCriteria:
+            length = min(length, criterion.max_length)
+            model_length = criterion.max_position_embeddings
+            if model_length is not None and length > model_length:
+                return None  # it warns when a text grows beyond that
+        else:
+            return None
+    return length, ids
 
 
 def equally_wide(texts: Sequence[Text], places: list[int]) -> list[list[int]]:

@@ -69,7 +69,8 @@ class FusedSegment:
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         cache.pair(True)
         room = self._room(hidden, span)
-        room.hidden.copy_(hidden)  # the sum of all layers' outputs so far, in place
+        if hidden is not room.hidden:  # what the segment before this one gave stands there
+            room.hidden.copy_(hidden)
         x = room.x
         attend = Attention(room, positions, cache, span, self.start, self.stop)
         for index in range(self.start, self.stop):
@@ -98,7 +99,8 @@ class FusedSegment:
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         cache.pair(True)
         room = self._room(hidden, span)
-        room.hidden.copy_(hidden)
+        if hidden is not room.hidden:
+            room.hidden.copy_(hidden)
         sizes, layers = model.sizes, self.stop - self.start
         kv = product(room.normed(), *self.stacked).view(
             *hidden.shape[:2], layers, 2, sizes.kv_heads, sizes.head_dim

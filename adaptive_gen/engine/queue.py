@@ -14,17 +14,37 @@ _ROOM = 32  # tokens a row has room for at first; the buffer doubles when that r
 
 
 class Queue:
-    """A buffer [batch, capacity, hidden] and the number of tokens in it for each row."""
+    """A buffer [batch, capacity, hidden] and the number of tokens in it for each row.
+
+    Most blocks only pass through an empty queue, so one may be lent: it stays where it is and is
+    copied only if something else is about to use that place (`own`).
+    """
 
     def __init__(self, batch: int = 1):
         """Start empty."""
         self.counts = [0] * batch
         self._buffer: Tensor | None = None
+        self._lent: Tensor | None = None
+
+    def lend(self, block: Tensor, counts: Sequence[int], rows: tuple[int, ...] | None) -> None:
+        """`push` a block that stays as it is until `own` is called."""
+        if rows is None and len(counts) == 1 and not self.counts[0]:
+            self._lent, self.counts[0] = block, counts[0]
+        else:
+            self.push(block, counts, rows)
+
+    def own(self) -> None:
+        """Copy what is lent: its place is about to be used for something else."""
+        if self._lent is not None:
+            block, self._lent = self._lent, None
+            counts, self.counts[0] = [self.counts[0]], 0
+            self.push(block, counts)
 
     def push(
         self, block: Tensor, counts: Sequence[int], rows: tuple[int, ...] | None = None
     ) -> None:
         """Append `counts[i]` tokens of the block [rows, time, hidden] to each of `rows`."""
+        self.own()
         held = self.counts if rows is None else [self.counts[row] for row in rows]
         if rows is None and len(held) == 1:
             buffer = self._buffer = self._with_room(block, held[0] + counts[0])
@@ -47,8 +67,13 @@ class Queue:
 
         Returns:
             The tokens [rows, time, hidden], each row's first, filled up at the end; and how many of
-            them there are for each row. The tokens are valid until the next `push`.
+            them there are for each row. The tokens are valid until the next `push`, and no longer
+            than they were when they are lent.
         """
+        if self._lent is not None:
+            block, self._lent = self._lent, None
+            counts, self.counts[0] = [self.counts[0]], 0
+            return block[:, : counts[0]] if block.shape[1] > counts[0] else block, counts
         assert self._buffer is not None
         every = range(len(self.counts)) if rows is None else rows
         counts = [self.counts[row] for row in every]
@@ -61,6 +86,7 @@ class Queue:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row but these, which are numbered anew in the order given."""
+        self.own()
         self.counts = [self.counts[row] for row in rows]
         if self._buffer is not None:
             self._buffer = self._buffer[list(rows)]

@@ -90,7 +90,7 @@ class Scheduler:
         """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
         every = None if len(rows) == len(self.rows) else rows
         starts = [self.cache.lengths[0][row] for row in rows]
-        self.queues[0].push(self.decoder.embed(tokens, starts), [1] * len(rows), every)
+        self.queues[0].lend(self.decoder.embed(tokens, starts), [1] * len(rows), every)
         for index in rows:
             row = self.rows[index]
             row.stage, row.deep, row.checks = 0, False, ()
@@ -170,9 +170,10 @@ class Scheduler:
     def _run(self, index: int, rows: tuple[int, ...], block: Tensor, counts: list[int]) -> Tensor:
         """Run segment `index` on a block and queue the result in front of the next one."""
         segment, selection = self.segments[index], self._selection(rows)
+        self._keep_lent()
         out = segment.run(block, self.cache, self.cache.span(segment.start, counts, selection))
         if index < self.last:
-            self.queues[index + 1].push(out, counts, selection)
+            self.queues[index + 1].lend(out, counts, selection)
         if self._decoding(rows):
             self.layers_run += segment.stop - segment.start
         return out
@@ -181,11 +182,17 @@ class Scheduler:
         """Store K/V of tokens in front of segment `index` and pass them on unchanged."""
         segment, selection = self.segments[index], self._selection(rows)
         block = block[:, : max(counts)]
+        self._keep_lent()
         segment.store(block, self.cache, self.cache.span(segment.start, counts, selection))
         if index < self.last:
             self.queues[index + 1].push(block, counts, selection)
         else:
             self.caught_up += sum(counts)
+
+    def _keep_lent(self) -> None:
+        """A segment is about to overwrite what the last one gave, which may still wait."""
+        for queue in self.queues:
+            queue.own()
 
     def _ask(self, index: int, rows: tuple[int, ...], hidden: Tensor) -> Readout | None:
         """Let the policy decide which rows leave with `hidden` [rows, hidden] after a segment."""
