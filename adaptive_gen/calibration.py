@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ class OperatingPoint:
         return self.layer_speedup
 
 
+# Thresholds, ascending -> exits below full depth that are worth a check there; maybe none.
+Placement = tuple[tuple[float, tuple[int, ...]], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """All that generation needs to know about one model on one kind of device."""
@@ -100,6 +104,8 @@ class Calibration:
     recipe: Mapping[str, Any]  # how: target, prompts hash, seed, versions
     # Texts generated together -> wall_speedup of the default point over full depth, both with them.
     batches: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    # By predicted time, for calls that name a threshold and no exits.
+    placement: Placement = ()
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -131,6 +137,12 @@ class Calibration:
             return ""
         at = "" if like == rows else f" at {like}"
         return f"exits are not checked at {rows} rows: measured {gain:.2f}x{at}"
+
+    def placed(self, threshold: float) -> tuple[int, ...] | None:
+        """The exits below full depth worth checking at a threshold; None where nobody looked."""
+        if not self.placement or not self.placement[0][0] <= threshold < 1:
+            return None
+        return min(self.placement, key=lambda entry: abs(entry[0] - threshold))[1]
 
     def without_certificates(self) -> "Calibration":
         """The same settings with every promise withdrawn."""
@@ -232,7 +244,13 @@ def _parse(document: dict[str, Any]) -> Calibration:
         fingerprint=dict(document["fingerprint"]),
         recipe=dict(document["recipe"]),
         batches={int(n): float(gain) for n, gain in document.get("batches", {}).items()},
+        placement=parse_placement(document.get("placement", [])),
     )
+
+
+def parse_placement(document: Sequence[Any]) -> Placement:
+    """From JSON."""
+    return tuple((float(t), tuple(int(layer) for layer in exits)) for t, exits in document)
 
 
 def _parse_point(point: dict[str, Any]) -> OperatingPoint:

@@ -78,7 +78,7 @@ class Parts:
             raise _lacking(model, missing)
         self.base, self._names, self._model = base, cast(dict[str, str], names), model
         self._positions = next((name for name in _LEARNED_POSITIONS if hasattr(base, name)), None)
-        # OPT 350M embeds in fewer dimensions, Granite scales. A module looks long for what it lacks.
+        # OPT 350M embeds in fewer dimensions, Granite scales; modules look long for what they lack.
         self._project_in = getattr(base, "project_in", None)
         self._embedding_multiplier = getattr(base, "embedding_multiplier", None)
         self.rotary_emb: nn.Module = getattr(base, "rotary_emb", None) or Unrotated()

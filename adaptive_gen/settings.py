@@ -125,16 +125,12 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
         )
     calibration = state.calibration
     point = _operating_point(given, calibration)
-    if given["exit_layers"] is not None:
-        layers = exits.normalise(given["exit_layers"], state.n_layers)
-    else:
-        layers = point.exit_layers if point is not None else state.exit_layers
+    layers, unchecked = _checked(given, point, state, rows)
     if given["policy"] is not None:
         _check_policy(given["policy"], layers)
     audit_floor = _audit_floor(given["audit_floor"])
     policy = given["policy"] or _threshold_policy(given["threshold"], point, layers, state)
     certificate, changed = coverage(calibration, point, given, layers)
-    unchecked = calibration.unpaid(rows) if calibration is not None and point is not None else ""
     if unchecked:
         policy = NeverExit()
     if isinstance(policy, ThresholdPolicy | NeverExit | FixedExit):  # the same at every position
@@ -152,6 +148,33 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
         changed=changed,
         unchecked=unchecked,
     )
+
+
+def _checked(
+    given: Mapping[str, Any], point: OperatingPoint | None, state: State, rows: int
+) -> tuple[tuple[int, ...], str]:
+    """The exits to check, full depth last, and why there is none where exits would not pay.
+
+    The caller's `exit_layers` are checked whatever they cost. Else a calibrated point brings its
+    own, and at a bare threshold the calibration knows which exits are worth their readouts.
+    """
+    calibration, threshold = state.calibration, given["threshold"]
+    if given["exit_layers"] is not None:
+        return exits.normalise(given["exit_layers"], state.n_layers), ""
+    if calibration is None:
+        return state.exit_layers, ""
+    if point is not None:
+        return point.exit_layers, calibration.unpaid(rows)
+    asked_for = ("confidence", "kv", "lossless", "audit", "audit_floor", "prefill")
+    if not isinstance(threshold, float) or any(given[name] for name in asked_for):
+        return state.exit_layers, ""  # priced otherwise than the placement is
+    placed = calibration.placed(threshold)
+    if placed is None:
+        return state.exit_layers, ""
+    if not placed:
+        reason = f"exits are not checked: at threshold {threshold:g} none is predicted to pay"
+        return state.exit_layers, f"{reason}; exit_layers=[...] checks them all the same"
+    return (*placed, state.n_layers), calibration.unpaid(rows)
 
 
 def _rules(given: Mapping[str, Any], state: State) -> Rules:

@@ -33,6 +33,8 @@ def gains(
     found = {}
     arms = {"exits": settings, "full_depth": {**settings, "threshold": 1.0}}
     tokens = min(max_new_tokens, TOKENS)
+    # No token is this one, so none ends a text; `min_new_tokens` would cost at every token.
+    never = model.config.get_text_config().vocab_size
     for rows in progress(ROWS, "timing batches", total=len(ROWS)):
         seconds = {name: np.zeros(ROUNDS) for name in arms}
         for turn in range(-1, ROUNDS):  # the first only warms up
@@ -44,7 +46,7 @@ def gains(
                     batch[0],
                     attention_mask=batch[1],
                     max_new_tokens=tokens,
-                    min_new_tokens=tokens,
+                    eos_token_id=never,
                     **arms[name],
                 )
                 seconds[name][turn] = s

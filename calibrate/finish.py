@@ -42,6 +42,7 @@ def draft(
         default=0,
         fingerprint={**job["fingerprint"], "kv": options.kv, "decoding": "greedy"},
         recipe=recipe,
+        placement=found.placement,
     )
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaptive_gen.calibration import ConfidenceMap
+from adaptive_gen.calibration import ConfidenceMap, parse_placement
 
 from .certify import Promise
 from .replay import Rule
-from .search import Candidate
+from .search import Candidate, Placement
 from .target import Target
 
 Curves = Mapping[str, Mapping[int, ConfidenceMap]]  # measure -> exit layer -> map
@@ -25,6 +25,7 @@ class Found:
     front: tuple[Candidate, ...]  # slowest first
     searched: int  # texts that were searched on, the first of the traces
     quality: tuple[Mapping[str, Any], ...] = field(default=())  # of the measures, on unseen texts
+    placement: Placement = ()  # which exits are worth a check at which threshold
 
     def rule(self, candidate: Candidate) -> Rule:
         """A setting as the replay takes it."""
@@ -52,6 +53,7 @@ class Found:
             front=tuple(map(parse_candidate, document["front"])),
             searched=document["searched"],
             quality=tuple(document["quality"]),
+            placement=parse_placement(document.get("placement", [])),
         )
 
 

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_gen.calibration import ConfidenceMap
+from adaptive_gen.calibration import ConfidenceMap, Placement
 from adaptive_gen.errors import OptionError
 
 from . import maps
@@ -123,6 +123,23 @@ def candidates(traced: Traced) -> list[Candidate]:
         for t in THRESHOLDS
     ]
     return _priced(traced, settings)
+
+
+def placement(dial: Sequence[Candidate]) -> Placement:
+    """For every threshold of the grid the exits that are worth a check there, by price alone.
+
+    None are where full depth is predicted to be as fast: a check costs a readout, and the higher
+    the threshold, the fewer checks are repaid.
+
+    Args:
+        dial: every threshold with every subset of the exits.
+    """
+    best: dict[float, tuple[float, tuple[int, ...]]] = {t: (1.0, ()) for t in THRESHOLDS}
+    for candidate in dial:
+        assert not isinstance(candidate.threshold, tuple)
+        if candidate.speedup > best[candidate.threshold][0]:
+            best[candidate.threshold] = candidate.speedup, candidate.exit_layers[:-1]
+    return tuple((t, exits) for t, (_, exits) in sorted(best.items()))
 
 
 def per_exit(traced: Traced) -> list[Candidate]:

@@ -128,23 +128,23 @@ def search_stage(
     seen, unseen = trace.split(searched)
     curves = {m: curves_of(seen, m) for m in MEASURES}
     names = list(MEASURES) if options.confidence == "best" else [options.confidence]
-    best: tuple[tuple[bool, float], str, list[search.Candidate]] | None = None
+    best: tuple[tuple[bool, float], str, list[search.Candidate], search.Placement] | None = None
     for name in names:
         traced = Traced.of(seen, curves[name], name, cost, options.kv, state(model).queue_cap)
-        family = search.candidates if options.thresholds == "single" else search.per_exit
-        front = search.front(family(traced))
+        dial = search.candidates(traced)
+        front = search.front(dial if options.thresholds == "single" else search.per_exit(traced))
         # A risk is judged later; until then the middle of the road stands for it.
         aim = Target("disagreement", target.value / 4) if target.kind == "risk" else target
         point = front[search.pick(front, aim)]
         served = point.agreement if target.by_speed else point.speedup
         met = aim.met(point)
         if best is None or (met, served) > (best[0][0], best[0][1] * CLEARLY):
-            best = ((met, served), name, front)
+            best = ((met, served), name, front, search.placement(dial))
     assert best is not None
-    _, measure, front = best
+    _, measure, front, placement = best
     worth.check(front, target, cost, seen, options.least_gain)
     quality = tuple(asdict(row) for row in maps.qualities(unseen, curves))
-    found = Found(target, promise, measure, curves, tuple(front), searched, quality)
+    found = Found(target, promise, measure, curves, tuple(front), searched, quality, placement)
     store.write("search", found.document())
     return found
 

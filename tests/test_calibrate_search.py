@@ -50,6 +50,19 @@ def test_a_hand_made_trace_gives_the_figures_worked_out_on_paper():
     assert at_09.speedup == pytest.approx(40 / 24)
 
 
+def test_exits_are_placed_where_they_are_predicted_to_pay_and_nowhere_else():
+    # Two exits; the first is never sure enough, the second leaves at every threshold up to 0.9.
+    text = [[0.1, 0.9]] * 6
+    trace = trace_of([text], [[[1, 1]] * 6], (2, 4, 8))
+    curves = {2: IDENTITY, 4: IDENTITY}
+    price = cost(layers=1.0, readouts=1.0)
+    traced = Traced.of(trace, curves, "margin", price, "recompute", 16)
+    placed = dict(search.placement(search.candidates(traced)))
+    assert set(placed) == set(search.THRESHOLDS)
+    assert {exits for t, exits in placed.items() if t <= 0.9} == {(4,)}
+    assert {exits for t, exits in placed.items() if t > 0.9} == {()}
+
+
 def test_every_candidate_is_what_the_scheduler_does_with_the_trace():
     from test_calibrate_schedule import EXITS, Counted, CountedSegment
 

@@ -119,3 +119,37 @@ def test_batch_gains_survive_the_file(tmp_path):
     save(found, tmp_path)
     assert load(tmp_path) == found
     assert dataclasses.replace(found, batches={}).unpaid(16) == ""
+
+
+def test_a_bare_threshold_checks_the_exits_that_are_worth_it_there(tiny_llama):
+    placement = ((0.3, (2, 4)), (0.6, (4,)), (0.9, ()))
+    calibration = make(placement=placement, batches=BATCHES)
+    model = adaptive_gen.wrap(tiny_llama(eos_token_id=None), calibration=calibration)
+    asked = []
+
+    def checked(**call):
+        asked.clear()
+        report = model.generate(PROMPT, **SETTINGS, **call).report
+        return sorted(set(asked)), report.unchecked
+
+    original = state(model).backend.confidences
+    state(model).backend.confidences = lambda c: _Watched(original(c), asked)
+    assert checked(threshold=0.33)[0][0] == 2, "the nearest threshold of the grid counts"
+    assert checked(threshold=0.7) == ([4], "")
+    nothing, reason = checked(threshold=0.95)
+    assert nothing == [] and "at threshold 0.95 none is predicted to pay" in reason
+    assert checked(threshold=0.95, exit_layers=[2, 4]) == ([2, 4], "")
+    assert checked(threshold=0.95, lossless=True)[0][0] == 2, "drafts are priced otherwise"
+    assert checked(threshold=0.2)[0][0] == 2, "below the grid nobody looked"
+
+
+class _Watched:
+    """Confidences that note at which exits they are asked."""
+
+    def __init__(self, inner, asked):
+        self._inner, self._asked = inner, asked
+        self.reads_hidden = inner.reads_hidden
+
+    def __call__(self, logits, exit_layer, *measure):
+        self._asked.append(exit_layer)
+        return self._inner(logits, exit_layer, *measure)
