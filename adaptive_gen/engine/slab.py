@@ -157,7 +157,7 @@ class SlabCache(KVCache):
         """Borrow a slab; it goes back when nothing refers to this cache any more."""
         super().__init__(n_layers, capacity, batch)
         self._slabs = slabs
-        self.slots = tuple(range(batch))
+        self.taken = tuple(range(batch))  # each row's slot
         self._borrow(slabs.take(batch, capacity))
 
     def _borrow(self, slab: Slab) -> None:
@@ -175,7 +175,7 @@ class SlabCache(KVCache):
 
     def of(self, span: Span) -> tuple[int, ...]:
         """The slots of a span's rows."""
-        return self.slots if span.rows is None else tuple(self.slots[row] for row in span.rows)
+        return self.taken if span.rows is None else tuple(self.taken[row] for row in span.rows)
 
     def lengthen(self, start: int, stop: int, span: Span) -> None:
         """Note that layers `start`..`stop` have got the span's K/V."""
@@ -199,15 +199,9 @@ class SlabCache(KVCache):
         seen[index[:, None], :, span.positions(block.device)] = block.transpose(1, 2)
         return seen if slots == tuple(range(len(buffer))) else seen.index_select(0, index)
 
-    def writer(
-        self, start: int, stop: int, span: Span, like: Tensor
-    ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-        """`write` for one block in several layers; see `KVCache.writer`."""
-        return lambda key, value, layer_idx: self.write(key, value, layer_idx, span)
-
     def keys_values(self, layer_idx: int, row: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of one row of one layer, [1, kv_heads, time, head_dim] each."""
-        slot, length = self.slots[row], self.lengths[layer_idx][row]
+        slot, length = self.taken[row], self.lengths[layer_idx][row]
         if not any(self.lengths[layer_idx]):
             raise IndexError(f"layer {layer_idx} holds no tokens yet")
         buffers: Any = self.slab.keys[layer_idx], self.slab.values[layer_idx]
@@ -216,6 +210,6 @@ class SlabCache(KVCache):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row but these, which are numbered anew in the order given."""
-        self.slots = tuple(self.slots[row] for row in rows)
+        self.taken = tuple(self.taken[row] for row in rows)
         self.lengths = [tuple(held[row] for row in rows) for held in self.lengths]
         self.batch = len(rows)
