@@ -11,7 +11,9 @@ import torch
 
 import adaptive_gen
 from adaptive_gen.calibrate.profile import Scripted
+from adaptive_gen.gate import Gate
 from adaptive_gen.policy import FixedExit
+from adaptive_gen.settings import state
 
 from . import arms as peers
 from .arms import Arm, Stage
@@ -45,6 +47,10 @@ def run(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     exit_layers = sorted({shape.exit_at(share) for share, _ in SCHEDULES})
     model = build(shape, exit_layers, device, dtype)
+    # What a gate answers does not matter, the exits being forced: only what asking it costs.
+    probes = {layer: torch.zeros(shape.hidden, device=device) for layer in exit_layers}
+    biases = {layer: torch.zeros((), device=device) for layer in exit_layers}
+    state(model).gate = Gate(probes, biases)
     others: dict[str, Any] = {}
     arms = {
         **peers.transformers_arms(device, compiled),
@@ -82,6 +88,7 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
             {"adaptive": True, "policy": armed, "exit_layers": [first]},
         ),
     }
+    found["gate_armed"] = _by_gate(found["armed"])
     for share, deep in SCHEDULES:
         early = shape.exit_at(share)
         policy = Scripted(script(early, full, deep, tokens + 1), frozenset([early]))
@@ -90,6 +97,8 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
                 f"exit {early}, {deep:.0%} of tokens deep, {kv}",
                 {"adaptive": True, "policy": policy, "exit_layers": [early], "kv": kv},
             )
+            if early == first:
+                found[f"gate_{share}_{kv}"] = _by_gate(found[f"exit_{share}_{kv}"])
         depth = round(mean_depth(shape, early, deep))
         others[f"cut_{depth}"] = truncated(model, depth)
         found[f"cut_{depth}"] = Arm(
@@ -111,3 +120,8 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
         {"adaptive": True, "lossless": True, "policy": FixedExit(first), "exit_layers": [first]},
     )
     return found
+
+
+def _by_gate(arm: Arm) -> Arm:
+    """The same, asked of a gate: only a token that leaves is read out at an exit."""
+    return Arm(f"{arm.label}, gate", {**arm.keywords, "confidence": "gate"})
