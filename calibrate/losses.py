@@ -10,7 +10,7 @@ from adaptive_gen.paired import generate
 from adaptive_gen.settings import state
 from adaptive_gen.ui import progress
 
-from .quality import LOSSES
+from .quality import Ids
 from .replay import LOSSES as REPLAYED
 from .replay import Replayed, Rule, replay
 from .search import Candidate
@@ -32,18 +32,16 @@ def decoded(
     trace: Trace,
     candidate: Candidate,
     measure: str,
-    loss: str,
     kv: str,
     max_new_tokens: int,
-) -> NDArray[np.float64]:
-    """Losses [texts] of what the setting really writes after every prompt.
+) -> list[tuple[Ids, Ids]]:
+    """What the setting really writes after every prompt, and what full depth wrote: token ids.
 
     Args:
         model: wrapped, with the calibration whose maps the thresholds refer to.
         trace: full depth's texts.
         candidate: the setting.
         measure: the confidence that decides.
-        loss: a key of `quality.LOSSES`.
         kv: "recompute" or "propagate".
         max_new_tokens: texts end there, or earlier by themselves.
     """
@@ -62,5 +60,5 @@ def decoded(
             max_new_tokens=max_new_tokens,
         )
         written = out.sequences[0, prompt.shape[1] :].tolist()
-        found.append(LOSSES[loss](written, text[-new:].tolist()))
-    return np.array(found)
+        found.append((written, text[-new:].tolist()))
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from adaptive_gen.settings import state
 from adaptive_gen.ui import note
 
 from . import certify as certification
-from . import losses, maps, search, worth
+from . import losses, maps, quality, search, worth
 from . import trace as traces
 from .collect import SHARD, collect
 from .cost import Cost
@@ -160,7 +161,8 @@ def replay_stage(
         front = [found.front[i] for i in keep]
     else:
         front = list(found.front)
-    name = "exact" if options.loss == "exact" else "prefix"
+    # What a replay cannot tell is put in order by the loss nearest to it.
+    name = "exact" if options.loss in ("exact", "em") else "prefix"
     means = [
         float(losses.replayed(model, seen, found.rule(c), name, options.kv).mean()) for c in front
     ]
@@ -170,6 +172,7 @@ def replay_stage(
 
 def certify_stage(
     model: Any,
+    tokenizer: Any,
     trace: Trace,
     found: Found,
     estimates: tuple[Sequence[search.Candidate], Sequence[float]],
@@ -194,7 +197,9 @@ def certify_stage(
         if promise.loss in losses.REPLAYED:
             return losses.replayed(model, unseen, found.rule(candidate), promise.loss, options.kv)
         settings = {"kv": options.kv, "max_new_tokens": options.max_new_tokens}
-        return losses.decoded(model, unseen, candidate, found.measure, promise.loss, **settings)
+        pairs = losses.decoded(model, unseen, candidate, found.measure, **settings)
+        loss = quality.losses(tokenizer)[promise.loss]
+        return np.array([loss(*pair) for pair in pairs])
 
     steps = certification.certify(order, losses_of, promise)
     good = [s for s in steps if s.certified]
