@@ -6,12 +6,13 @@ Every stage keeps its result in the store; the commands of the same names run on
 `calibrate run` all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive_gen.bench import MAX_NEW_TOKENS
@@ -192,21 +193,38 @@ def certify_stage(
         )
     _, unseen = trace.split(found.searched)
     order = certification.sequence(*estimates, promise.max_risk)
-
-    def losses_of(candidate: search.Candidate):
-        if promise.loss in losses.REPLAYED:
-            return losses.replayed(model, unseen, found.rule(candidate), promise.loss, options.kv)
-        settings = {"kv": options.kv, "max_new_tokens": options.max_new_tokens}
-        pairs = losses.decoded(model, unseen, candidate, found.measure, **settings)
-        loss = quality.losses(tokenizer)[promise.loss]
-        return np.array([loss(*pair) for pair in pairs])
-
-    steps = certification.certify(order, losses_of, promise)
+    judge = losses_of(model, tokenizer, unseen, found, options)
+    steps = certification.certify(order, judge, promise)
     good = [s for s in steps if s.certified]
     if good:
         note(f"certified {len(good)} of {len(steps)} settings tested; fastest {good[-1].candidate}")
     store.write("certify", [asdict(step) for step in steps])
     return steps
+
+
+def losses_of(
+    model: Any, tokenizer: Any, trace: Trace, found: Found, options: Options
+) -> Callable[[search.Candidate], NDArray[np.float64]]:
+    """What a setting loses on each of the texts [texts], by the loss that is to be certified.
+
+    Args:
+        model: wrapped, with the `draft` as its calibration where the loss takes decoding.
+        tokenizer: the model's.
+        trace: of the texts.
+        found: by the search.
+        options: name the loss.
+    """
+
+    def judged(candidate: search.Candidate) -> NDArray[np.float64]:
+        rule = found.rule(candidate)
+        if options.loss in losses.REPLAYED:
+            return losses.replayed(model, trace, rule, options.loss, options.kv)
+        settings = {"kv": options.kv, "max_new_tokens": options.max_new_tokens}
+        pairs = losses.decoded(model, trace, candidate, rule, **settings)
+        loss = quality.losses(tokenizer)[options.loss]
+        return np.array([loss(*pair) for pair in pairs])
+
+    return judged
 
 
 def curves_of(trace: Trace, measure: str) -> dict[int, Any]:
