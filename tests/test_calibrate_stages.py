@@ -57,6 +57,11 @@ def test_the_stages_in_turn_make_a_certified_calibration(calibrate, model_dir, m
 
     code, _, err = calibrate("collect", *at, "--prompts", many, "--max-new-tokens", 5)
     assert code == 2 and "another model, other prompts or other settings" in err
+    cost = json.loads((work / "cost.json").read_text())
+    cost["seconds"]["blocks"] = cost["seconds"].pop("doublings")
+    (work / "cost.json").write_text(json.dumps(cost))
+    code, _, err = calibrate("search", *at, "--max-risk", 0.9)
+    assert code == 2 and "run `calibrate profile` again" in err
     (work / "search.json").write_text("{")
     code, _, err = calibrate("certify", *at)
     assert code == 2 and "run `calibrate search` again" in err
