@@ -12,6 +12,8 @@ LOSSES = {
     "prefix": "share of a text from its first token on that full depth would not have written",
     "exact": "share of texts that differ anywhere from full depth's",
     "rouge": "1 - ROUGE-L (token ids) of a text against full depth's",
+    "em": "share of texts that are not full depth's answer (exact match of the words, case, "
+    "articles, punctuation and white space aside)",
 }
 
 

@@ -6,7 +6,9 @@ The scripts of `calibrate profile`, full depth, and four sets of exits at two th
 turns on the same prompts, so that a machine that grows faster or slower does so for all of them.
 The cost model is fitted to the scripts alone; the settings are predicted from traces of full
 depth's texts. Per KV policy: predicted and measured milliseconds per new token of whole calls, the
-largest error, and the largest after one common scale (the median ratio).
+largest error, and the largest after one common scale (the median ratio). A setting writes other
+texts than full depth, which leave at other depths; so what it really did is priced as well, which
+is the cost model's own error.
 
 `--clock thread` counts the thread's CPU seconds: on a machine with other work the wall clock says
 what the others do. It is of use only with one thread and on a CPU.
@@ -24,8 +26,9 @@ import adaptive_gen
 from adaptive_gen.bench import environment
 from adaptive_gen.calibrate import profile, search
 from adaptive_gen.calibrate.collect import collect
-from adaptive_gen.calibrate.cost import Cost, fit
+from adaptive_gen.calibrate.cost import TERMS, Cost, fit
 from adaptive_gen.calibrate.prompts import ordered, prompt_set
+from adaptive_gen.calibrate.schedule import Work
 from adaptive_gen.calibrate.stages import PROFILE_TOKENS
 from adaptive_gen.paired import generate
 from adaptive_gen.prompts import inputs
@@ -42,8 +45,8 @@ def settings(exits: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
     return [((), 1.0), *((subset, t) for subset in sets for t in THRESHOLDS)]
 
 
-def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarray]:
-    """The fitted cost model, and milliseconds per new token of every setting."""
+def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarray, np.ndarray]:
+    """The fitted cost model; every setting's milliseconds per new token, measured and priced."""
     n_layers, cap = state(model).n_layers, state(model).queue_cap
     calibration = state(model).calibration
     assert calibration is not None, "the settings' thresholds are calibrated chances"
@@ -52,6 +55,7 @@ def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarra
     turns = rounds * len(prompts)
     scripted = np.zeros((2, len(scripts), turns))
     seconds, counts = np.zeros((2, len(found), turns))
+    done = np.zeros((len(found), len(TERMS)))
     for turn in range(-1, turns):
         ids = prompts[turn % len(prompts)]
         for i, script in enumerate(scripts):
@@ -69,15 +73,20 @@ def measured(model, prompts, found, kv, tokens, rounds) -> tuple[Cost, np.ndarra
                 max_new_tokens=tokens,
             )
             counts[i, turn] = out.report.new_tokens
+            if 0 <= turn < len(prompts):
+                ran = profile.Scripted(out.exit_layers[0].tolist(), frozenset(layers))
+                done[i] += profile.work(ran, exits, kv, cap).table[0]
     # What is typical of a run's share of its round, for each prompt by itself.
     pace = np.concatenate([scripted[0], seconds]).sum(0)
     scale = np.median(pace)
     shares = (seconds / pace).reshape(len(found), rounds, len(prompts))
-    per_token = np.median(shares, axis=1).sum(1) * scale / counts[:, : len(prompts)].sum(1)
+    new = counts[:, : len(prompts)].sum(1)
+    per_token = np.median(shares, axis=1).sum(1) * scale / new
     works = [profile.work(script, exits, kv, cap) for script in scripts]
     decode_s = np.median(scripted[0] / pace, axis=1) * scale
     prefill_s = float(np.median(scripted[1] / pace) * scale)
-    return fit(works, decode_s, prefill_s), 1000 * per_token
+    cost = fit(works, decode_s, prefill_s)
+    return cost, 1000 * per_token, 1000 * cost.time(Work(*done.T)) / new
 
 
 def predicted(model, trace, cost, found, kv):
@@ -95,19 +104,22 @@ def predicted(model, trace, cost, found, kv):
 def compared(model, trace, prompts, kv, tokens, rounds):
     """One KV policy's predictions beside the clock."""
     found = settings(trace.exit_layers)
-    cost, real = measured(model, prompts, found, kv, tokens, rounds)
+    cost, real, priced = measured(model, prompts, found, kv, tokens, rounds)
     guess, depth = predicted(model, trace, cost, found, kv)
-    ratio = guess / real
-    scaled = ratio / np.median(ratio)
+    ratio, own = guess / real, priced / real
+    scaled, own_scaled = ratio / np.median(ratio), own / np.median(own)
     rows = [
         {
             "exits": layers,
             "threshold": threshold,
             "mean_depth": float(depth[i]),
             "predicted_ms": float(guess[i]),
+            "priced_ms": float(priced[i]),
             "measured_ms": float(real[i]),
             "error": float(ratio[i] - 1),
             "scaled_error": float(scaled[i] - 1),
+            "priced_error": float(own[i] - 1),
+            "priced_scaled_error": float(own_scaled[i] - 1),
         }
         for i, (layers, threshold) in enumerate(found)
     ]
@@ -115,6 +127,8 @@ def compared(model, trace, prompts, kv, tokens, rounds):
         "cost": asdict(cost),
         "largest_error": float(np.abs(ratio - 1).max()),
         "largest_scaled_error": float(np.abs(scaled - 1).max()),
+        "largest_priced_error": float(np.abs(own - 1).max()),
+        "largest_priced_scaled_error": float(np.abs(own_scaled - 1).max()),
         "settings": rows,
     }
 

@@ -22,8 +22,8 @@ TESTS: Mapping[str, tuple[str, bounds.Test]] = {
     "prefix": ("betting", bounds.betting),
     "exact": ("binomial", bounds.binomial),
     "rouge": ("betting", bounds.betting),
+    "em": ("binomial", bounds.binomial),
 }
-LOSSES = tuple(TESTS)
 MOST_STEPS = 16  # settings tested at most
 BEYOND = 3.0  # settings whose estimated loss is more than this many times the risk are not tried
 

@@ -14,7 +14,7 @@ from adaptive_gen.errors import ModelError, OptionError, OutputError
 MAX_DISAGREEMENT = 0.03
 MEASURES = ("margin", "max_prob", "entropy", "best")
 KV = ("recompute", "propagate")
-LOSSES = ("prefix", "exact", "rouge")
+LOSSES = ("prefix", "exact", "rouge", "em")
 THRESHOLDS = ("single", "per-exit")
 LEAST_LEVEL = 0.5
 

@@ -2,8 +2,12 @@
 
     seconds = texts * a + tokens * b + layer calls * c + extra rows * d + readouts * e + ...
 
-Layers of one model cost alike, and rows that ride along in a block cost a fraction of a call. The
-constants are fitted to a few seconds of real decoding on this device (profile.py).
+Layers of one model cost alike. Rows that ride along in a block cost a fraction of a call: the first
+of them more than the eighth, while products of few rows leave the machine idle, and all alike once
+they do not; so there is a price for each doubling of the rows besides one for each row. A readout
+on the way costs more than the one at full depth: its confidence is computed, the policy is asked,
+and the layers run in two pieces. The constants are fitted to a few seconds of real decoding on this
+device (profile.py).
 """
 
 from dataclasses import dataclass, fields

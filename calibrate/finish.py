@@ -9,7 +9,7 @@ from adaptive_gen.bench import environment
 from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.settings import state
 
-from . import batches, evidence, search, seek
+from . import batches, evidence, quality, search, seek
 from . import certify as certification
 from .cost import Cost
 from .found import Found
@@ -59,7 +59,7 @@ def verify_stage(
 
     Args:
         model: wrapped, with the `draft` as its calibration.
-        tokenizer: decodes texts for the report.
+        tokenizer: decodes texts for the report and for losses of what they say.
         trace: of all prompts.
         found: by the search.
         steps: of the certification; empty where nothing was to be certified.
@@ -73,7 +73,15 @@ def verify_stage(
     assert base is not None
     _, unseen = trace.split(found.searched)
     prompts = prompt_ids(unseen, model)
-    arena = Arena(model, prompts, found.measure, options.kv, options.max_new_tokens, options.rounds)
+    arena = Arena(
+        model,
+        prompts,
+        found.measure,
+        options.kv,
+        options.max_new_tokens,
+        options.rounds,
+        quality.losses(tokenizer),
+    )
     promise, certificate = found.promise, None
     if promise is None:
         chosen, measured = seek.choose(found.front, found.target, arena)

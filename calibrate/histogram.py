@@ -26,6 +26,7 @@ class Tables:
     blocks: NDArray[np.float64]  # layer calls that find rows waiting, and so do segment calls:
     fills: NDArray[np.float64]
     readouts: NDArray[np.float64]
+    checks: NDArray[np.float64]  # those of them at exits
     agreed: NDArray[np.float64]
     skipped: NDArray[np.float64]  # layers that leaving tokens did not run when they left
 
@@ -48,7 +49,7 @@ def tables(
     reached = np.searchsorted(thresholds, chance, side="right")
     asked = thresholds <= 1
     here = np.full(shape, float(tokens))  # tokens that arrive at the exit
-    layers, blocks, fills, readouts, agreed, skipped = (np.zeros(shape) for _ in range(6))
+    layers, blocks, fills, checks, agreed, skipped = (np.zeros(shape) for _ in range(6))
     for k in range(exits):
         axes = tuple(reached[:, : k + 1].T)
         cells = np.asarray(np.ravel_multi_index(axes, (grid + 1,) * (k + 1)))
@@ -57,7 +58,7 @@ def tables(
             for weights in (None, agrees[:, k])
         )
         asks = asked.reshape([-1 if axis == k else 1 for axis in range(exits)])
-        readouts += here * asks
+        checks += here * asks
         here = here - left
         met = here * (1 - here / tokens)  # go on while the token before has left
         blocks += met * (exit_layers[k + 1] - exit_layers[k])
@@ -66,7 +67,7 @@ def tables(
         skipped += left * (exit_layers[-1] - exit_layers[k])
         agreed += right
     layers += here * exit_layers[-1]
-    return Tables(layers, blocks, fills, readouts + here, agreed + here, skipped)
+    return Tables(layers, blocks, fills, checks + here, checks, agreed + here, skipped)
 
 
 def _leaving(cells: NDArray, weights: NDArray | None, grid: int, axes: int) -> NDArray:

@@ -10,7 +10,7 @@ from adaptive_gen.paired import generate
 from adaptive_gen.settings import state
 from adaptive_gen.ui import progress
 
-from .quality import LOSSES
+from .quality import Ids
 from .replay import LOSSES as REPLAYED
 from .replay import Replayed, Rule, replay
 from .search import Candidate
@@ -28,39 +28,37 @@ def replayed(model: Any, trace: Trace, rule: Rule, loss: str, kv: str) -> NDArra
 
 
 def decoded(
-    model: Any,
-    trace: Trace,
-    candidate: Candidate,
-    measure: str,
-    loss: str,
-    kv: str,
-    max_new_tokens: int,
-) -> NDArray[np.float64]:
-    """Losses [texts] of what the setting really writes after every prompt.
+    model: Any, trace: Trace, candidate: Candidate, rule: Rule, kv: str, max_new_tokens: int
+) -> list[tuple[Ids, Ids]]:
+    """What a setting writes after every prompt, and what full depth wrote: token ids.
+
+    A text that the replay leaves as it is stays that; only the others are decoded.
 
     Args:
         model: wrapped, with the calibration whose maps the thresholds refer to.
         trace: full depth's texts.
         candidate: the setting.
-        measure: the confidence that decides.
-        loss: a key of `quality.LOSSES`.
+        rule: the same as the replay takes it.
         kv: "recompute" or "propagate".
         max_new_tokens: texts end there, or earlier by themselves.
     """
-    found = []
-    pairs = list(zip(trace.texts, trace.lengths.tolist(), strict=True))
-    for text, new in progress(pairs, f"decoding with {candidate}", total=len(pairs)):
-        prompt = torch.from_numpy(text[:-new])[None].to(model.device)
+    changed = replayed(model, trace, rule, "exact", kv).astype(bool)
+    references = [
+        text[-new:].tolist() for text, new in zip(trace.texts, trace.lengths, strict=True)
+    ]
+    found = list(zip(references, references, strict=True))
+    others = np.flatnonzero(changed).tolist()
+    for i in progress(others, f"decoding with {candidate}", total=len(others)):
+        prompt = torch.from_numpy(trace.texts[i][: -len(references[i])])[None].to(model.device)
         out, _ = generate(
             model,
             prompt,
             adaptive=True,
             threshold=candidate.dial,
             exit_layers=list(candidate.exit_layers),
-            confidence=measure,
+            confidence=rule.measure,
             kv=kv,
             max_new_tokens=max_new_tokens,
         )
-        written = out.sequences[0, prompt.shape[1] :].tolist()
-        found.append(LOSSES[loss](written, text[-new:].tolist()))
-    return np.array(found)
+        found[i] = (out.sequences[0, prompt.shape[1] :].tolist(), references[i])
+    return found

@@ -16,6 +16,7 @@ from adaptive_gen.ui import progress
 from .cost import Cost, fit
 from .schedule import Work, simulate
 
+RUNS = (2, 4, 8)  # one token of so many at full depth: the rows of a block that catches up
 ROUNDS = 10  # enough that slow spells spoil the fewer part
 
 
@@ -43,7 +44,8 @@ def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scri
 
     Full depth with no readout on the way, once cut short (for what a text costs whatever its
     length), and with all of them; every exit alone, left at by all tokens (many rows catch up at
-    once) and by every second one (one row does); and mixtures.
+    once) and by every second one (one row does); the first exit also by all but every fourth and
+    every eighth, as what a row costs depends on how many there are; and mixtures.
     """
     below, full = exit_layers[:-1], exit_layers[-1]
     draw = np.random.default_rng(seed)
@@ -51,8 +53,9 @@ def scripts(exit_layers: Sequence[int], tokens: int, seed: int = 0) -> list[Scri
     found.append(Scripted([full] * max(2, tokens // 3), frozenset()))
     for exit_layer in below:
         found.append(Scripted([exit_layer] * tokens, frozenset([exit_layer])))
-        half = [exit_layer if position % 2 else full for position in range(tokens)]
-        found.append(Scripted(half, frozenset([exit_layer])))
+        for every in RUNS if exit_layer == below[0] else RUNS[:1]:
+            runs = [full if position % every == 0 else exit_layer for position in range(tokens)]
+            found.append(Scripted(runs, frozenset([exit_layer])))
     for share in (0.3, 0.7):
         depths = np.where(draw.random(tokens) < share, draw.choice(below, tokens), full)
         found.append(Scripted(depths.tolist(), frozenset(below)))

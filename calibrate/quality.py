@@ -1,15 +1,20 @@
 """How far one text is from another: the losses of whole texts, each in [0, 1], 0 when equal.
 
 Texts are lists of token ids: what a setting wrote, and what full depth wrote after the same prompt.
+One loss looks at what the ids spell and so needs the tokenizer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_gen.answers import normalised
+
 Ids = Sequence[int]
+Loss = Callable[[Ids, Ids], float]
 RESAMPLES = 2000
 
 
@@ -50,12 +55,25 @@ def rouge(text: Ids, reference: Ids) -> float:
     return 1 - 2 * float(row[-1]) / (len(text) + len(reference))
 
 
-LOSSES: Mapping[str, Callable[[Ids, Ids], float]] = {
+OF_IDS: Mapping[str, Loss] = {
     "prefix": prefix,
     "exact": exact,
     "mismatch": mismatch,
     "rouge": rouge,
 }
+
+
+def losses(tokenizer: Any) -> Mapping[str, Loss]:
+    """All losses by name; the tokenizer spells the texts out for `em`."""
+
+    def answer(ids: Ids) -> str:
+        return normalised(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def em(text: Ids, reference: Ids) -> float:
+        """1 unless both are the same answer: normalised as TriviaQA does, the words are equal."""
+        return float(answer(text) != answer(reference))
+
+    return {**OF_IDS, "em": em}
 
 
 def mean_interval(values: NDArray) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ PLAINLY = {
     "prefix": "that on average at most {:.0%} of a text come after a first other token",
     "exact": "that at most {:.0%} of texts change",
     "rouge": "that 1 - ROUGE-L is at most {:g} on average",
+    "em": "that at most {:.0%} of texts change in more than case, articles and punctuation",
 }
 
 

@@ -84,7 +84,7 @@ def _run(
     if found.promise is not None:
         estimates = replay_stage(model, trace, found, options, store)
         lap("replay")
-        steps = certify_stage(model, trace, found, estimates, options, store)
+        steps = certify_stage(model, tokenizer, trace, found, estimates, options, store)
         lap("certify")
     result = verify_stage(model, tokenizer, trace, found, steps, options, store)
     lap("verify")

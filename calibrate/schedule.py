@@ -20,9 +20,10 @@ class Work:
     texts: NDArray  # prefills
     tokens: NDArray  # decoding steps; the first new token of a text belongs to its prefill
     layers: NDArray  # layer calls, whatever the rows
-    blocks: NDArray  # those with more than one row, which take another path
     rows: NDArray  # rows beyond the first, summed over the layer calls
-    readouts: NDArray  # norm + LM head + confidence, and the segment that ends there
+    doublings: NDArray  # log2 of the rows, first one included, summed over the layer calls
+    readouts: NDArray  # norm + LM head, at full depth too
+    checks: NDArray  # those at exits: confidence and policy besides, and the segment that ends
     fills: NDArray  # segment calls that only store keys and values
     stores: NDArray  # layer calls of those
     stored: NDArray  # rows of those
@@ -91,9 +92,10 @@ class _Queues:
         self.depths[:, 0] = exit_layers[-1]
         # Neighbouring segments are one where the exit between them is not checked.
         self.begins = np.concatenate([np.ones((1, settings), bool), checked])
-        self.agreed, self.layers, self.blocks, self.rows, self.readouts = (
+        self.agreed, self.layers, self.rows, self.readouts, self.checks = (
             np.zeros(settings, dtype=np.int64) for _ in range(5)
         )
+        self.doublings = np.zeros(settings)
         self.fills, self.stores, self.stored = (np.zeros_like(self.agreed) for _ in range(3))
 
     def step(self, time: int, texts: NDArray, leaves: NDArray, agrees: NDArray) -> None:
@@ -116,6 +118,7 @@ class _Queues:
             if self.kv == "recompute":
                 asked &= waiting[s + 1] <= self.cap
             self.readouts += asked.sum(0)
+            self.checks += asked.sum(0)
             left = asked & leaves[:, s]
             depth[left] = self.exit_layers[s]
             self.agreed += (left & agrees[:, s, None]).sum(0)
@@ -134,8 +137,8 @@ class _Queues:
         older = np.maximum(block - 1, 0)
         self.layers += going.sum(0) * self.sizes[s]
         if self.kv == "recompute":
-            self.blocks += (older > 0).sum(0) * self.sizes[s]
             self.rows += older.sum(0) * self.sizes[s]
+            self.doublings += np.log2(older + 1).sum(0) * self.sizes[s]
         else:
             self.fills += (older > 0).sum(0) * self.begins[s]
             self.stores += (older > 0).sum(0) * self.sizes[s]
@@ -168,9 +171,10 @@ class _Queues:
                 texts=one * texts,
                 tokens=one * (tokens - texts),
                 layers=self.layers,
-                blocks=self.blocks,
                 rows=self.rows,
+                doublings=self.doublings,
                 readouts=self.readouts,
+                checks=self.checks,
                 fills=self.fills,
                 stores=self.stores,
                 stored=self.stored,

@@ -18,7 +18,7 @@ from adaptive_gen.errors import OptionError
 
 from . import maps
 from .cost import Cost
-from .histogram import tables
+from .histogram import Tables, tables
 from .schedule import Outcome, Work, simulate
 from .target import Target
 from .trace import Trace
@@ -179,14 +179,21 @@ def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
         texts=zero + len(trace.lengths),
         tokens=zero + decoded.sum(),
         layers=t.layers.ravel(),
-        blocks=t.blocks.ravel() if recompute else zero,
         rows=t.skipped.ravel() if recompute else zero,
+        doublings=_doublings(t) if recompute else zero,
         readouts=t.readouts.ravel(),
+        checks=t.checks.ravel(),
         fills=zero if recompute else t.fills.ravel(),
         stores=zero if recompute else t.blocks.ravel(),
         stored=zero if recompute else t.skipped.ravel(),
     )
     return 1 / traced.cost.time(work), t.agreed.ravel()
+
+
+def _doublings(t: Tables) -> NDArray[np.float64]:
+    """As if the rows that wait were spread evenly over the layer calls that find some."""
+    waiting = np.divide(t.skipped, t.blocks, out=np.zeros_like(t.blocks), where=t.blocks > 0)
+    return (t.blocks * np.log2(1 + waiting)).ravel()
 
 
 def _staircase(speed: NDArray, agreed: NDArray, most: int = 400) -> NDArray:

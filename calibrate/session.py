@@ -5,11 +5,12 @@ from functools import cached_property
 from typing import Any
 
 from adaptive_gen.calibration import differences, fingerprint
+from adaptive_gen.errors import CalibrationError
 from adaptive_gen.settings import state
 
 from . import trace as traces
 from .certify import Step
-from .cost import Cost
+from .cost import TERMS, Cost
 from .finish import draft
 from .found import Found, parse_candidate
 from .search import Candidate
@@ -52,8 +53,18 @@ class Session:
 
     @cached_property
     def cost(self) -> Cost:
-        """This device's."""
-        return Cost(**self.store.read("cost", "profile"))
+        """This device's.
+
+        Raises:
+            CalibrationError: it has other terms than the cost model of this version.
+        """
+        found = Cost(**self.store.read("cost", "profile"))
+        if set(found.seconds) != set(TERMS):
+            raise CalibrationError(
+                f"{self.store.path('cost')} is of another version's cost model; run "
+                "`calibrate profile` again."
+            )
+        return found
 
     @cached_property
     def found(self) -> Found:

@@ -102,6 +102,7 @@ def certify(work: choices.Work, model: Model = None) -> None:
     session.use_draft()
     steps = certify_stage(
         session.model,
+        session.tokenizer,
         session.trace,
         session.found,
         session.replayed,

@@ -6,11 +6,13 @@ Every stage keeps its result in the store; the commands of the same names run on
 `calibrate run` all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive_gen.bench import MAX_NEW_TOKENS
@@ -22,7 +24,7 @@ from adaptive_gen.settings import state
 from adaptive_gen.ui import note
 
 from . import certify as certification
-from . import losses, maps, search, worth
+from . import losses, maps, quality, search, worth
 from . import trace as traces
 from .collect import SHARD, collect
 from .cost import Cost
@@ -160,7 +162,8 @@ def replay_stage(
         front = [found.front[i] for i in keep]
     else:
         front = list(found.front)
-    name = "exact" if options.loss == "exact" else "prefix"
+    # What a replay cannot tell is put in order by the loss nearest to it.
+    name = "exact" if options.loss in ("exact", "em") else "prefix"
     means = [
         float(losses.replayed(model, seen, found.rule(c), name, options.kv).mean()) for c in front
     ]
@@ -170,6 +173,7 @@ def replay_stage(
 
 def certify_stage(
     model: Any,
+    tokenizer: Any,
     trace: Trace,
     found: Found,
     estimates: tuple[Sequence[search.Candidate], Sequence[float]],
@@ -189,19 +193,38 @@ def certify_stage(
         )
     _, unseen = trace.split(found.searched)
     order = certification.sequence(*estimates, promise.max_risk)
-
-    def losses_of(candidate: search.Candidate):
-        if promise.loss in losses.REPLAYED:
-            return losses.replayed(model, unseen, found.rule(candidate), promise.loss, options.kv)
-        settings = {"kv": options.kv, "max_new_tokens": options.max_new_tokens}
-        return losses.decoded(model, unseen, candidate, found.measure, promise.loss, **settings)
-
-    steps = certification.certify(order, losses_of, promise)
+    judge = losses_of(model, tokenizer, unseen, found, options)
+    steps = certification.certify(order, judge, promise)
     good = [s for s in steps if s.certified]
     if good:
         note(f"certified {len(good)} of {len(steps)} settings tested; fastest {good[-1].candidate}")
     store.write("certify", [asdict(step) for step in steps])
     return steps
+
+
+def losses_of(
+    model: Any, tokenizer: Any, trace: Trace, found: Found, options: Options
+) -> Callable[[search.Candidate], NDArray[np.float64]]:
+    """What a setting loses on each of the texts [texts], by the loss that is to be certified.
+
+    Args:
+        model: wrapped, with the `draft` as its calibration where the loss takes decoding.
+        tokenizer: the model's.
+        trace: of the texts.
+        found: by the search.
+        options: name the loss.
+    """
+
+    def judged(candidate: search.Candidate) -> NDArray[np.float64]:
+        rule = found.rule(candidate)
+        if options.loss in losses.REPLAYED:
+            return losses.replayed(model, trace, rule, options.loss, options.kv)
+        settings = {"kv": options.kv, "max_new_tokens": options.max_new_tokens}
+        pairs = losses.decoded(model, trace, candidate, rule, **settings)
+        loss = quality.losses(tokenizer)[options.loss]
+        return np.array([loss(*pair) for pair in pairs])
+
+    return judged
 
 
 def curves_of(trace: Trace, measure: str) -> dict[int, Any]:

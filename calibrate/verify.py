@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_gen.bench import mean_depth
 from adaptive_gen.paired import Runs, agreement, interval, measure, wall_speedup
 
-from .quality import LOSSES, mean_interval
+from .quality import Loss, mean_interval
 from .search import Candidate
 from .target import Target
 
@@ -52,6 +52,7 @@ class Arena:
     kv: str
     max_new_tokens: int
     rounds: int  # of a measurement that stands
+    losses: Mapping[str, Loss]  # of whole texts against full depth's, by name
 
     def look(self, found: Sequence[Candidate]) -> list[Measured]:
         """Measure many settings cheaply: once, on the first few prompts."""
@@ -108,7 +109,7 @@ class Arena:
         texts = _texts(runs, full)
         quality = {
             name: mean_interval(np.array([loss(a, b) for _, a, b in texts]))
-            for name, loss in LOSSES.items()
+            for name, loss in self.losses.items()
         }
         return Measured(
             candidate=candidate,

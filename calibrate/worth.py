@@ -38,12 +38,13 @@ def check(
         "do not use adaptive depth with this model on this device: the best setting for "
         f"{target} is predicted to run at {best.speedup:.2f}x. Full depth's token is found for "
         f"{', '.join(shares)}, and each look at an exit takes as long as "
-        f"{readout_in_layers(cost):.1f} layers. Train the exits further, check fewer of them with "
+        f"{check_in_layers(cost):.1f} layers. Train the exits further, check fewer of them with "
         "--exit-layers, or ask for less."
     )
 
 
-def readout_in_layers(cost: Cost) -> float:
-    """How many layer calls one readout takes as long as."""
+def check_in_layers(cost: Cost) -> float:
+    """How many layer calls one look at an exit takes as long as."""
     layer = cost.seconds["layers"]
-    return cost.seconds["readouts"] / layer if layer else float("inf")
+    check = cost.seconds["readouts"] + cost.seconds["checks"]
+    return check / layer if layer else float("inf")

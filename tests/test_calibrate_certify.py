@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from adaptive_gen.calibrate import certify, maps
+from adaptive_gen.calibrate import certify, choices, maps, quality, report
 from adaptive_gen.calibrate.certify import Promise
 from adaptive_gen.calibrate.cost import TERMS, Cost
 from adaptive_gen.calibrate.replay import LOSSES, Rule, replay
 from adaptive_gen.calibrate.search import Candidate, Traced, candidates, front
 from adaptive_gen.calibrate.trace import Trace
+from adaptive_gen.certificate import LOSSES as WORDS
 from adaptive_gen.certificate import Certificate, parse
 from adaptive_gen.errors import DataError, Unreachable
 
@@ -71,6 +72,12 @@ def test_a_certificate_says_what_it_covers_and_survives_the_file():
         with pytest.raises((ValueError, TypeError)):
             parse({**document, **wrong})
     assert isinstance(found, Certificate)
+
+
+def test_every_loss_that_can_be_asked_for_has_a_test_and_words():
+    asked = set(choices.LOSSES)
+    assert asked == set(certify.TESTS) == set(WORDS) == set(report.PLAINLY)
+    assert asked <= set(quality.losses(None))
 
 
 TEXTS, LENGTH = 2000, 8

@@ -18,8 +18,33 @@ from adaptive_gen.calibrate import quality
     ],
 )
 def test_losses_of_texts(text, reference, losses):
-    found = {name: loss(text, reference) for name, loss in quality.LOSSES.items()}
+    found = {name: loss(text, reference) for name, loss in quality.OF_IDS.items()}
     assert found == pytest.approx(losses)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "loss"),
+    [
+        (b"The Nile.", b"nile", 0),
+        (b"a  big_river!", b"big river", 0),
+        (b"river big", b"big river", 1),
+        (b"Niles", b"Nile", 1),
+        (b"theatre", b"atre", 1),  # an article is a word
+        (b"", b"the", 0),
+    ],
+)
+def test_em_compares_answers_and_not_tokens(byte_tokenizer, text, reference, loss):
+    ids = [
+        byte_tokenizer(one.decode(), add_special_tokens=False)["input_ids"]
+        for one in (text, reference)
+    ]
+    losses = quality.losses(byte_tokenizer)
+    assert losses["em"](*ids) == losses["em"](*ids[::-1]) == loss
+    assert losses["exact"](*ids) == 1, "other tokens, in all of these"
+    end = byte_tokenizer.eos_token_id
+    assert losses["em"]([*ids[0], end], ids[1]) == loss, (
+        "the end of a text is no part of its answer"
+    )
 
 
 def test_rouge_counts_the_longest_common_subsequence():

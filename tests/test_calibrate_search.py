@@ -137,18 +137,19 @@ def test_the_histogram_is_every_tuple_followed_token_by_token(exits):
     found = tables(layers, chance, agrees, grid)
     for index in np.ndindex(found.layers.shape):
         thresholds = grid[list(index)]
-        depth = readouts = agreed = skipped = 0
+        depth = checks = at_full = agreed = skipped = 0
         for token in range(400):
             for k in range(exits):
-                readouts += thresholds[k] <= 1
+                checks += thresholds[k] <= 1
                 if chance[token, k] >= thresholds[k]:
                     depth, agreed = depth + layers[k], agreed + agrees[token, k]
                     skipped += layers[-1] - layers[k]
                     break
             else:
-                depth, readouts, agreed = depth + layers[-1], readouts + 1, agreed + 1
+                depth, at_full, agreed = depth + layers[-1], at_full + 1, agreed + 1
         assert found.layers[index] == pytest.approx(depth, rel=1e-9)
-        assert found.readouts[index] == pytest.approx(readouts, rel=1e-9)
+        assert found.readouts[index] == pytest.approx(checks + at_full, rel=1e-9)
+        assert found.checks[index] == pytest.approx(checks, rel=1e-9)
         assert found.agreed[index] == pytest.approx(agreed, rel=1e-9)
         assert found.skipped[index] == pytest.approx(skipped, rel=1e-9)
 
@@ -164,7 +165,7 @@ def random_trace(texts=40, time=30, exits=(2, 4, 8)):
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
 def test_without_queues_the_histogram_prices_as_the_simulation_does(kv):
     trace = random_trace()
-    price = cost(texts=3.0, tokens=0.5, layers=1.0, readouts=0.7)
+    price = cost(texts=3.0, tokens=0.5, layers=1.0, readouts=0.7, checks=0.2)
     traced = Traced.of(trace, {2: IDENTITY, 4: IDENTITY}, "margin", price, kv, 10_000)
     grid = np.array([0.3, 0.6, 0.9, search.NEVER])
     speed, agreed = search._histogram(traced, grid)
@@ -229,8 +230,9 @@ def test_an_exit_that_never_fires_is_left_out_where_a_check_costs():
 def test_a_cost_model_finds_the_constants_of_the_machine_again():
     draw = np.random.default_rng(0)
     true = {"texts": 4e-3, "tokens": 2e-4, "layers": 1e-4, "rows": 2e-5, "readouts": 3e-4}
+    true |= {"doublings": 4e-5, "checks": 1e-4}
     works = [
-        Work(*(np.array([n]) for n in (1, *draw.integers(20, 400, 5), 0, 0, 0))) for _ in range(8)
+        Work(*(np.array([n]) for n in (1, *draw.integers(20, 400, 6), 0, 0, 0))) for _ in range(12)
     ]
     seconds = np.array([sum(getattr(w, t)[0] * s for t, s in true.items()) for w in works])
     found = fit(works, seconds, prefill_s=0.01)

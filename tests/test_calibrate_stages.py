@@ -57,6 +57,11 @@ def test_the_stages_in_turn_make_a_certified_calibration(calibrate, model_dir, m
 
     code, _, err = calibrate("collect", *at, "--prompts", many, "--max-new-tokens", 5)
     assert code == 2 and "another model, other prompts or other settings" in err
+    cost = json.loads((work / "cost.json").read_text())
+    cost["seconds"]["blocks"] = cost["seconds"].pop("doublings")
+    (work / "cost.json").write_text(json.dumps(cost))
+    code, _, err = calibrate("search", *at, "--max-risk", 0.9)
+    assert code == 2 and "run `calibrate profile` again" in err
     (work / "search.json").write_text("{")
     code, _, err = calibrate("certify", *at)
     assert code == 2 and "run `calibrate search` again" in err
@@ -128,17 +133,30 @@ def test_the_page_shows_the_figures_and_runs_no_text_as_code():
     assert "http" not in page, "it loads nothing"
 
 
-def test_a_risk_of_whole_texts_is_certified_by_decoding(calibrate, model_dir, many, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("loss", "test", "words"), [("rouge", "betting", "ROUGE-L"), ("em", "binomial", "exact match")]
+)
+def test_a_risk_of_whole_texts_is_certified_by_decoding(
+    calibrate,  # noqa: F811
+    model_dir,  # noqa: F811
+    many,
+    tmp_path,
+    loss,
+    test,
+    words,
+):
     out = tmp_path / "out"
-    risk = ["--max-risk", 0.95, "--loss", "rouge", "--confidence-level", 0.6]
+    risk = ["--max-risk", 0.95, "--loss", loss, "--confidence-level", 0.6]
     settings = ["--prompts", many, "--max-new-tokens", 4, "--exit-layers", "1,3", "--out", out]
     code, _, err = calibrate("run", model_dir, *risk, *settings)
     assert code == 0, err
-    certificate = artefact.load(out).point.certificate
-    assert certificate is not None and certificate.loss == "rouge"
-    assert certificate.prompts == 48 and certificate.test == "betting"
+    point = artefact.load(out).point
+    certificate = point.certificate
+    assert certificate is not None and certificate.loss == loss
+    assert certificate.prompts == 48 and certificate.test == test
     assert certificate.decoded_risk == pytest.approx(certificate.risk), "the same texts twice"
-    assert "ROUGE-L" in certificate.statement("recompute", {})
+    assert words in certificate.statement("recompute", {})
+    assert point.quality["em"][0] <= point.quality["exact"][0], "equal tokens are an equal answer"
 
 
 def test_a_latency_is_a_target(calibrate, model_dir, many, tmp_path):  # noqa: F811

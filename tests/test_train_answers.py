@@ -5,9 +5,10 @@ import pytest
 import torch
 from training import options
 
+from adaptive_gen.answers import normalised
 from adaptive_gen.exit_readouts import add_readouts, readouts
 from adaptive_gen.train.answering import answers, sub_model
-from adaptive_gen.train.metrics import exact_match, f1, interval, normalised, rouge_l
+from adaptive_gen.train.metrics import exact_match, f1, interval, rouge_l
 from adaptive_gen.train.run import train
 
 

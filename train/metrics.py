@@ -1,25 +1,13 @@
 """Scores of written answers: exact match, F1, ROUGE-L, and how sure a mean of them is."""
 
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4`", " "))
-
-
-def normalised(text: str) -> str:
-    """An answer as TriviaQA's evaluation compares it.
-
-    Lower case, underscores and punctuation to blanks, articles dropped, single blanks (Joshi et
-    al. 2017).
-    """
-    plain = text.replace("_", " ").lower().translate(PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", plain).split())
+from adaptive_gen.answers import normalised
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
