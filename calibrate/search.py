@@ -128,13 +128,13 @@ def candidates(traced: Traced) -> list[Candidate]:
 def placement(dial: Sequence[Candidate]) -> Placement:
     """For every threshold of the grid the exits that are worth a check there, by price alone.
 
-    None are where full depth is predicted to be as fast: a check costs a readout, and the higher
-    the threshold, the fewer checks are repaid.
+    None are where no gain beyond a prediction's error is predicted over full depth: a check costs a
+    readout, and the higher the threshold, the fewer checks are repaid.
 
     Args:
         dial: every threshold with every subset of the exits.
     """
-    best: dict[float, tuple[float, tuple[int, ...]]] = {t: (1.0, ()) for t in THRESHOLDS}
+    best: dict[float, tuple[float, tuple[int, ...]]] = {t: (AIM, ()) for t in THRESHOLDS}
     for candidate in dial:
         assert not isinstance(candidate.threshold, tuple)
         if candidate.speedup > best[candidate.threshold][0]:
