@@ -28,7 +28,7 @@ def report(model, **kwargs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_that_can_be_fused_are(family):
     model = adaptive_gen.wrap(families.make(family))
-    assert report(model).engine == ("fused" if family in FUSED else "module")
+    assert report(model).engine == ("compiled" if family in FUSED else "module")
     assert bool(state(model).backend.reason) == (family not in FUSED)
 
 
@@ -66,7 +66,7 @@ def test_hooks_and_training_mode_are_honoured_while_they_last(tiny_llama):
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *args: calls.append(1))
     assert report(model).engine == "module" and calls
     handle.remove()
-    assert report(model).engine == "fused"
+    assert report(model).engine == "compiled"
     assert report(model.train()).engine == "module"
 
 

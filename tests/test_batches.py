@@ -112,7 +112,7 @@ class Uneven:
 
 
 @pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
-@pytest.mark.parametrize("engine", ["fused", "module"])
+@pytest.mark.parametrize("engine", ["compiled", "fused", "module"])
 @pytest.mark.parametrize("mode", [{}, {"lossless": True}, {"prefill": "lazy"}])
 def test_rows_that_end_at_different_times(engine, mode, schedule):
     model = wrapped("llama", engine=engine)

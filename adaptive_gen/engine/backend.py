@@ -11,6 +11,7 @@ from ..decoder import Decoder
 from ..errors import ModelError, OptionError
 from . import graphs
 from .cache import KVCache
+from .compiled import CompiledModel, CompiledReadout, CompiledSegment, Desk, prepared
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked
 from .graphs import GraphReadout, Graphs, SummedConfidences
@@ -22,9 +23,10 @@ from .workspace import Workspace
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
 # it has been measured on a GPU; docs/gpu.md says what is missing.
 TRIED = {
-    "auto": ("fused",),
+    "auto": ("compiled", "fused"),
     "graphs": ("graphs",),
     "static": ("static",),
+    "compiled": ("compiled",),
     "fused": ("fused",),
     "module": (),
 }
@@ -66,8 +68,9 @@ class Backend:
 
         Args:
             decoder: the model.
-            engine: "auto" takes `fused` if it can; "fused", "graphs" and "static" insist; "module"
-                is the model's own layers.
+            engine: "auto" takes `compiled` where it is quicker, else `fused`, if it can;
+                "compiled", "fused", "graphs" and "static" insist; "module" is the model's own
+                layers.
             weights: "own" are the model's; "int8" are rounded to 8 bits, which insists on `fused`.
         """
         for name, value, known in (("engine", engine, ENGINES), ("weights", weights, WEIGHTS)):
@@ -83,15 +86,17 @@ class Backend:
         self._signatures: dict[str, Any] = {}
         self._causes: dict[str, str] = {}
         self._fused: FusedModel | None = None
+        self._compiled: CompiledModel | None = None
         self._graphs: Graphs | None = None
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._readout_signature: Any = None
-        self._readout: FusedReadout | GraphReadout | None = None
+        self._readout: FusedReadout | CompiledReadout | GraphReadout | None = None
+        self._compile_s = 0.0
 
     @property
     def warm_up_s(self) -> float:
-        """Seconds spent so far on capturing graphs."""
-        return 0.0 if self._graphs is None else self._graphs.warm_up_s
+        """Seconds spent so far on compiling kernels and capturing graphs."""
+        return self._compile_s + (0.0 if self._graphs is None else self._graphs.warm_up_s)
 
     @torch.no_grad()
     def segments(self, exit_layers: Sequence[int]) -> list[Segment]:
@@ -117,12 +122,17 @@ class Backend:
             return [*graphs.segments(self._graphs, exit_layers)]
         assert self._fused is not None
         workspace = Workspace(self._fused.sizes)
-        if self.weights == "int8":
-            self.name = "fused-int8"
-        return [
+        segments = [
             FusedSegment(self._fused, start, stop, self._stack(start, stop), workspace)
             for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
         ]
+        if self.name == "compiled":
+            assert self._compiled is not None
+            desk = Desk(self._fused.sizes, self._fused.qk_floor)
+            return [CompiledSegment(self._compiled, segment, desk) for segment in segments]
+        if self.weights == "int8":
+            self.name = "fused-int8"
+        return [*segments]
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
@@ -145,7 +155,7 @@ class Backend:
 
         return read
 
-    def _shared_readout(self) -> FusedReadout | GraphReadout | None:
+    def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
         parts = self.decoder.plain_readout
         if self.name == "module" or parts is None or any(map(_hooked, parts)):
@@ -158,7 +168,7 @@ class Backend:
         elif self._too_large(weights):
             return None
         else:
-            signature = _signature(weights)
+            signature = (self.name, _signature(weights))
         if signature != self._readout_signature:
             self._readout, self._readout_signature = self._made_readout(*parts), signature
         return self._readout
@@ -169,12 +179,16 @@ class Backend:
             return SummedConfidences(confidences, self._readout)
         return confidences
 
-    def _made_readout(self, norm: Any, head: Any) -> FusedReadout | GraphReadout | None:
+    def _made_readout(
+        self, norm: Any, head: Any
+    ) -> FusedReadout | CompiledReadout | GraphReadout | None:
         if self.name in ON_SLABS:
             assert self._graphs is not None
             return graphs.readout(self._graphs, norm, head)
         made = fuse_readout(norm, head)
-        return made and (quantised_readout(made) if self.weights == "int8" else made)
+        if made is None or self.name == "fused":
+            return made
+        return CompiledReadout(made) if self.name == "compiled" else quantised_readout(made)
 
     def _stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
         assert self._fused is not None
@@ -183,7 +197,7 @@ class Backend:
         return self._stacks[start, stop]
 
     def _too_large(self, weights: Sequence[Any]) -> bool:
-        asked_for = self.engine == "fused" or self.weights == "int8"
+        asked_for = self.engine in ("fused", "compiled") or self.weights == "int8"
         return not asked_for and _size(weights) > MOST_COPIED_BYTES
 
     def _choose(self) -> tuple[str, str]:
@@ -196,7 +210,7 @@ class Backend:
             return "module", common
         reasons = []
         for name in tried:
-            reason = self._unfit_for_fused() if name == "fused" else self._unfit_for_graphs(name)
+            reason = self._unfit_for(name)
             if not reason:
                 return name, "; ".join(reasons)
             reasons.append(reason if len(tried) == 1 else f"not {name}, because {reason}")
@@ -214,6 +228,31 @@ class Backend:
         if others:
             return f"its weights are no plain tensors but {', '.join(sorted(others))}"
         return ""
+
+    def _unfit_for(self, name: str) -> str:
+        if name == "fused":
+            return self._unfit_for_fused()
+        return self._unfit_for_compiled() if name == "compiled" else self._unfit_for_graphs(name)
+
+    def _unfit_for_compiled(self) -> str:
+        """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
+        if self.weights == "int8":
+            return "its kernels are for weights='own'"
+        reason = self._unfit_for_fused()
+        if reason:
+            return reason
+        # Which way is quicker depends on how many threads the other one has.
+        signature = (self._signatures["fused"], torch.get_num_threads(), self.engine)
+        if signature != self._signatures.get("compiled"):
+            assert self._fused is not None
+            self._signatures["compiled"] = signature
+            self._compiled, self._causes["compiled"], seconds = prepared(
+                self._fused, self.engine == "auto"
+            )
+            self._compile_s += seconds
+            if self._compiled is not None:
+                self._fused, self._stacks = self._compiled.fused, {}
+        return self._causes["compiled"]
 
     def _unfit_for_fused(self) -> str:
         weights = list(self.decoder.layers.parameters())

@@ -142,6 +142,30 @@ class KVCache:
         places = part.narrow(4, span.starts[0], span.time)
         return Slots(places, keys.narrow(3, 0, span.stop), values.narrow(2, 0, span.stop))
 
+    def hold(
+        self, start: int, stop: int, span: Span, like: Tensor, kv_heads: int, head_dim: int
+    ) -> Tensor:
+        """The memory of all layers, after which layers `start`..`stop` count as holding a span.
+
+        Args:
+            start: first layer.
+            stop: one more than the last.
+            span: whose keys and values the caller writes.
+            like: decides dtype and device.
+            kv_heads: of every layer.
+            head_dim: of keys and of values.
+
+        Returns:
+            [layers, 2 (keys, values), batch, kv_heads, capacity, head_dim].
+        """
+        whole = self._whole
+        if whole is None or whole.shape[4] < span.stop:
+            block = like.new_empty(2, self.batch, kv_heads, 1, head_dim)
+            whole = self._whole_with_room(block, span.stop)
+        self._lengthen(start, span)
+        self.lengths[start:stop] = [self.lengths[start]] * (stop - start)
+        return whole
+
     def pair(self, paired: bool) -> None:
         """Say how the keys' coordinates are ordered that are written and read from now on.
 

@@ -1,0 +1,377 @@
+"""Compiled CPU kernels: decoder layers on a few tokens, by numba.
+
+A decoding step reads every weight once, so its time is that of the memory, if nothing else takes
+longer. Two things do in a framework: calling a dozen operations per layer, and products of two to
+eight rows, which general libraries pack for throughput. Here a run of layers is one call, and a
+product reads four rows of the weights at a time and adds them to all its rows.
+
+Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `heads`, `kv_heads`,
+`head_dim`, `layers`.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# What may be reordered: sums. nan and infinity keep their meaning.
+_SUMS = {"contract", "reassoc", "nsz", "arcp"}
+_compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
+TILE = 4  # tokens that share a reading of the weights; buffers have room for a multiple of it
+# Columns and rows of the weights that are met by all tokens before the next ones are: parts that
+# stay in a near cache. Measured at 160 to 1,408 rows and 256 to 2,816 columns.
+_STRIP, _HEIGHT = 4096, 16
+
+
+@intrinsic
+def _power_of_two(context: Any, exponent: Any) -> Any:
+    """2 ** exponent as float32, for int32 in -126..127: put where a float has its exponent."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bias, shift = (ir.Constant(ir.IntType(32), value) for value in (127, 23))
+        bits = builder.shl(builder.add(args[0], bias), shift)
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+def _exp(x: Any) -> Any:
+    """The exponential; in float32 without a call, so that loops over it are vectors."""
+    raise NotImplementedError
+
+
+# exp(r) for |r| <= log(2) / 2, to 2e-8: its Taylor coefficients from the highest.
+_TERMS = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
+_LOG2E, _LEAST, _MOST = np.float32(math.log2(math.e)), np.float32(-87), np.float32(88)
+# log(2) in two parts, the first with few bits, so that n * _LN2_HIGH is exact.
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(math.log(2) - 0.693359375)
+
+
+@overload(_exp, inline="always")
+def _exp_of(x: Any) -> Any:
+    def library_exp(x: Any) -> Any:
+        return math.exp(x)
+
+    def exp(x: Any) -> Any:
+        x = min(max(x, _LEAST), _MOST)
+        n = np.floor(x * _LOG2E + np.float32(0.5))
+        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        y = _TERMS[0]
+        y = y * r + _TERMS[1]
+        y = y * r + _TERMS[2]
+        y = y * r + _TERMS[3]
+        y = y * r + _TERMS[4]
+        y = y * r + _TERMS[5]
+        y = y * r + _TERMS[6]
+        return y * _power_of_two(np.int32(n))
+
+    return exp if x == types.float32 else library_exp
+
+
+@_compiled
+def _add_one(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
+    """Add x @ w to y for token `m`; of `w` rows `top`..`end` and columns `left`..`right`.
+
+    The number of rows is a multiple of 4.
+    """
+    sums = y[m, left:right]
+    k = top
+    while k + 8 <= end:
+        a, b, c, d = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
+        e, f, g, h = x[m, k + 4], x[m, k + 5], x[m, k + 6], x[m, k + 7]
+        p, q = w[k, left:right], w[k + 1, left:right]
+        r, s = w[k + 2, left:right], w[k + 3, left:right]
+        t, u = w[k + 4, left:right], w[k + 5, left:right]
+        v, z = w[k + 6, left:right], w[k + 7, left:right]
+        for n in range(right - left):
+            sums[n] += ((a * p[n] + b * q[n]) + (c * r[n] + d * s[n])) + (
+                (e * t[n] + f * u[n]) + (g * v[n] + h * z[n])
+            )
+        k += 8
+    if k < end:
+        a, b, c, d = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
+        p, q = w[k, left:right], w[k + 1, left:right]
+        r, s = w[k + 2, left:right], w[k + 3, left:right]
+        for n in range(right - left):
+            sums[n] += (a * p[n] + b * q[n]) + (c * r[n] + d * s[n])
+
+
+@_compiled
+def _add_two(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
+    """The same for tokens `m` and `m + 1`."""
+    y0, y1 = y[m, left:right], y[m + 1, left:right]
+    for k in range(top, end, 4):
+        a0, b0, c0, d0 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
+        a1, b1, c1, d1 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
+        p, q = w[k, left:right], w[k + 1, left:right]
+        r, s = w[k + 2, left:right], w[k + 3, left:right]
+        for n in range(right - left):
+            i, j, u, v = p[n], q[n], r[n], s[n]
+            y0[n] += (a0 * i + b0 * j) + (c0 * u + d0 * v)
+            y1[n] += (a1 * i + b1 * j) + (c1 * u + d1 * v)
+
+
+@_compiled
+def _add_four(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
+    """The same for four."""
+    y0, y1 = y[m, left:right], y[m + 1, left:right]
+    y2, y3 = y[m + 2, left:right], y[m + 3, left:right]
+    for k in range(top, end, 4):
+        a0, b0, c0, d0 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
+        a1, b1, c1, d1 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
+        a2, b2, c2, d2 = x[m + 2, k], x[m + 2, k + 1], x[m + 2, k + 2], x[m + 2, k + 3]
+        a3, b3, c3, d3 = x[m + 3, k], x[m + 3, k + 1], x[m + 3, k + 2], x[m + 3, k + 3]
+        p, q = w[k, left:right], w[k + 1, left:right]
+        r, s = w[k + 2, left:right], w[k + 3, left:right]
+        for n in range(right - left):
+            i, j, u, v = p[n], q[n], r[n], s[n]
+            y0[n] += (a0 * i + b0 * j) + (c0 * u + d0 * v)
+            y1[n] += (a1 * i + b1 * j) + (c1 * u + d1 * v)
+            y2[n] += (a2 * i + b2 * j) + (c2 * u + d2 * v)
+            y3[n] += (a3 * i + b3 * j) + (c3 * u + d3 * v)
+
+
+@_compiled
+def add_product(x: Any, w: Any, y: Any, tokens: int, first: int = 0) -> None:
+    """Add x @ w to y, for the first `tokens` of both and the columns from `first` on.
+
+    Args:
+        x: [room, in], `room` being `tokens` rounded up to a multiple of `TILE`, or more.
+        w: [in, out] without gaps; `in` is a multiple of 4.
+        y: [room, out] without gaps; what stands behind `tokens` means nothing afterwards.
+        tokens: at least 1.
+        first: column.
+    """
+    rows, columns = w.shape
+    if tokens == 1:
+        _add_one(x, w, y, 0, 0, rows, first, columns)
+        return
+    height = rows if tokens <= TILE else _HEIGHT
+    for left in range(first, columns, _STRIP):
+        right = min(left + _STRIP, columns)
+        for top in range(0, rows, height):
+            end = min(top + height, rows)
+            for m in range(0, tokens, TILE):
+                if tokens - m == 1:
+                    _add_one(x, w, y, m, top, end, left, right)
+                elif tokens - m == 2:
+                    _add_two(x, w, y, m, top, end, left, right)
+                else:  # three cost what four do
+                    _add_four(x, w, y, m, top, end, left, right)
+
+
+@_compiled
+def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
+    """Divide each token's hidden state by its length or more, see `FusedModel`."""
+    for m in range(tokens):
+        row, into = x[m], out[m]
+        total = x.dtype.type(floor * floor)
+        for n in range(row.shape[0]):
+            total += row[n] * row[n]
+        factor = x.dtype.type(1) / np.sqrt(total)
+        for n in range(row.shape[0]):
+            into[n] = row[n] * factor
+
+
+@_compiled
+def _turn(heads: Any, turn: Any) -> None:
+    """Rotate [heads, head_dim] by [head_dim / 2, (cos, sin)], pairs side by side."""
+    for h in range(heads.shape[0]):
+        head = heads[h]
+        for d in range(turn.shape[0]):
+            real, imaginary = head[2 * d], head[2 * d + 1]
+            head[2 * d] = real * turn[d, 0] - imaginary * turn[d, 1]
+            head[2 * d + 1] = real * turn[d, 1] + imaginary * turn[d, 0]
+
+
+@_compiled
+def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
+    """Norm queries and keys [heads, head_dim], head by head."""
+    for h in range(heads.shape[0]):
+        head = heads[h]
+        total = heads.dtype.type(floor * floor)
+        for d in range(head.shape[0]):
+            total += head[d] * head[d]
+        factor = heads.dtype.type(1) / np.sqrt(total)
+        for d in range(head.shape[0]):
+            head[d] *= factor * gain[h, d]
+
+
+@_compiled
+def _attend(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
+    """One head's attention to [keys, head_dim]; `scores` has room for them."""
+    zero = query.dtype.type(0)
+    count, size = keys.shape
+    most = query.dtype.type(-np.inf)
+    j = 0
+    while j + 4 <= count:  # four sums at a time keep the adders busy
+        p, q, r, s = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
+        a, b, c, e = zero, zero, zero, zero
+        for d in range(size):
+            of = query[d]
+            a += of * p[d]
+            b += of * q[d]
+            c += of * r[d]
+            e += of * s[d]
+        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = a, b, c, e
+        most = max(max(most, a), max(b, max(c, e)))
+        j += 4
+    while j < count:
+        p, a = keys[j], zero
+        for d in range(size):
+            a += query[d] * p[d]
+        scores[j] = a
+        most = max(most, a)
+        j += 1
+    total = zero
+    for j in range(count):
+        scores[j] = _exp(scores[j] - most)
+        total += scores[j]
+    for d in range(size):
+        out[d] = zero
+    j = 0
+    while j + 4 <= count:
+        a, b, c, e = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
+        p, q, r, s = values[j], values[j + 1], values[j + 2], values[j + 3]
+        for d in range(size):
+            out[d] += (a * p[d] + b * q[d]) + (c * r[d] + e * s[d])
+        j += 4
+    while j < count:
+        a, p = scores[j], values[j]
+        for d in range(size):
+            out[d] += a * p[d]
+        j += 1
+    factor = query.dtype.type(1) / total
+    for d in range(size):
+        out[d] *= factor
+
+
+@_compiled
+def _add_bias(y: Any, bias: Any, tokens: int) -> None:
+    for m in range(tokens):
+        row = y[m]
+        for n in range(bias.shape[0]):
+            row[n] += bias[n]
+
+
+@_compiled
+def run_layers(
+    start: int,
+    stop: int,
+    x: Any,
+    place: Any,
+    turns: Any,
+    kv: Any,
+    weights: Any,
+    biases: Any,
+    floors: Any,
+    windows: Any,
+    buffers: Any,
+) -> None:
+    """Run layers `start`..`stop` on tokens, in place.
+
+    Args:
+        start: first layer.
+        stop: one more than the last.
+        x: hidden states, [room, hidden]; see `add_product`.
+        place: [tokens, 2], each token's row of the cache and its position. Tokens of one row come
+            in order; each sees those before it and the row's in the cache.
+        turns: [tokens, head_dim / 2, 2], cos and sin at each token's position.
+        kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
+        weights: qkv, out, gate and up, down, each [layers, in, out].
+        biases: of qkv and out, each [layers, out], and gains of queries and keys, [layers, heads +
+            kv_heads, head_dim]; a model without them has none in the second axis.
+        floors: what norms of hidden states, and of queries and keys, divide by at least.
+        windows: of each layer, how many positions a token sees; 0 is all.
+        buffers: normed [room, hidden], projections [room, qkv], mixed [room, heads * head_dim],
+            gate_up [room, 2 * intermediate], scores [capacity].
+    """
+    qkv, out, gate_up, down = weights
+    qkv_bias, out_bias, gains = biases
+    normed, projected, mixed, wide, scores = buffers
+    tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
+    heads = out.shape[1] // head_dim
+    group, inner = heads // kv_heads, down.shape[1]
+    one = x.dtype.type(1)
+    for layer in range(start, stop):
+        norm(x, floors[0], normed, tokens)
+        projected[:tokens] = 0
+        add_product(normed, qkv[layer], projected, tokens)
+        _add_bias(projected, qkv_bias[layer], tokens)
+        for m in range(tokens):
+            row, position = place[m, 0], place[m, 1]
+            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            if gains.shape[1]:
+                _norm_heads(by_head[: heads + kv_heads], gains[layer], floors[1])
+            _turn(by_head[: heads + kv_heads], turns[m])
+            for h in range(kv_heads):
+                kv[layer, 0, row, h, position] = by_head[heads + h]
+                kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
+        window = windows[layer]
+        for m in range(tokens):
+            row, seen = place[m, 0], place[m, 1] + 1
+            first = max(0, seen - window) if window else 0
+            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            into = mixed[m].reshape(heads, head_dim)
+            for h in range(heads):
+                keys = kv[layer, 0, row, h // group, first:seen]
+                values = kv[layer, 1, row, h // group, first:seen]
+                _attend(by_head[h], keys, values, scores, into[h])
+        add_product(mixed, out[layer], x, tokens)
+        _add_bias(x, out_bias[layer], tokens)
+        norm(x, floors[0], normed, tokens)
+        wide[:tokens] = 0
+        add_product(normed, gate_up[layer], wide, tokens)
+        for m in range(tokens):
+            gate, up = wide[m, :inner], wide[m, inner:]
+            for n in range(inner):
+                gate[n] = gate[n] / (one + _exp(-gate[n])) * up[n]
+        add_product(wide, down[layer], x, tokens)
+
+
+@_compiled
+def store_layers(
+    start: int,
+    stop: int,
+    x: Any,
+    place: Any,
+    turns: Any,
+    kv: Any,
+    qkv: Any,
+    qkv_bias: Any,
+    gains: Any,
+    floors: Any,
+    buffers: Any,
+) -> None:
+    """Give layers `start`..`stop` the tokens' keys and values only; arguments as `run_layers`."""
+    normed, projected = buffers[0], buffers[1]
+    tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
+    skipped = qkv.shape[2] - 2 * kv_heads * head_dim
+    heads = skipped // head_dim
+    norm(x, floors[0], normed, tokens)
+    for layer in range(start, stop):
+        projected[:tokens] = 0
+        add_product(normed, qkv[layer], projected, tokens, skipped)
+        _add_bias(projected, qkv_bias[layer], tokens)
+        for m in range(tokens):
+            row, position = place[m, 0], place[m, 1]
+            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            keys = by_head[heads : heads + kv_heads]
+            if gains.shape[1]:
+                _norm_heads(keys, gains[layer, heads:], floors[1])
+            _turn(keys, turns[m])
+            for h in range(kv_heads):
+                kv[layer, 0, row, h, position] = keys[h]
+                kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
+
+
+@_compiled
+def read_out(x: Any, floor: float, head: Any, normed: Any, out: Any, tokens: int) -> None:
+    """Logits [room, vocab] of hidden states [room, hidden]: norm and LM head [hidden, vocab]."""
+    norm(x, floor, normed, tokens)
+    out[:tokens] = 0
+    add_product(normed, head, out, tokens)
