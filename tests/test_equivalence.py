@@ -13,7 +13,9 @@ from adaptive_gen.engine.scheduler import Scheduler
 from adaptive_gen.naming import Parts
 from adaptive_gen.settings import state
 
-ENGINES = [(f, e) for f in FAMILIES for e in ("module", "fused", "compiled") if e == "module" or f in FUSED]
+ENGINES = [
+    (f, e) for f in FAMILIES for e in ("module", "fused", "compiled") if e == "module" or f in FUSED
+]
 # Every schedule and prompt length runs on these, which differ in what the engine itself does:
 # tied head, one window, mixed windows, eager masks, learned positions. The others get one of each.
 THOROUGH = ("llama", "mistral", "qwen2", "gemma2", "gpt2")
@@ -251,4 +253,6 @@ def test_the_back_ends_give_the_same_keys_and_values(family):
         for engine in ("module", "fused", "compiled")
     ]
     for cache in caches[1:]:
-        assert_same_cache(caches[0], cache, 5e-5)  # keys of size 10, and norms of the module in float32
+        assert_same_cache(
+            caches[0], cache, 5e-5
+        )  # keys of size 10, and norms of the module in float32

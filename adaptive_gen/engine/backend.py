@@ -11,7 +11,14 @@ from ..decoder import Decoder
 from ..errors import ModelError, OptionError
 from . import graphs
 from .cache import KVCache
-from .compiled import CompiledModel, CompiledReadout, CompiledSegment, Desk, prepared
+from .compiled import (
+    CompiledConfidences,
+    CompiledModel,
+    CompiledReadout,
+    CompiledSegment,
+    Desk,
+    prepared,
+)
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked
 from .graphs import GraphReadout, Graphs, SummedConfidences
@@ -177,6 +184,8 @@ class Backend:
         """The confidences in what the latest `readout` gives, the quickest way there is."""
         if self.name in ON_SLABS and isinstance(self._readout, GraphReadout):
             return SummedConfidences(confidences, self._readout)
+        if self.name == "compiled":
+            return CompiledConfidences(confidences)
         return confidences
 
     def _made_readout(

@@ -8,20 +8,23 @@ Axes: `rows`, `time`, `hidden`, `layers`, `tokens` (of all rows, without filling
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..confidence import Confidences, Summary
 from .cache import KVCache, Span
 from .fused import FusedModel, FusedReadout, FusedSegment
-from .positions import SLIDING
+from .positions import SLIDING, Positions
 from .workspace import Sizes, Workspace
 
-MOST_TOKENS = 12  # of a block for which the kernels are quicker than general products
+PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
+MOST_TOKENS = 16  # of a block for which the kernels are quicker than general products
 _TRIALS = 5
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 
@@ -32,42 +35,50 @@ def unfit(model: FusedModel) -> str:
         return "numba is not installed"
     sizes = model.sizes
     widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
-    if any(width % 4 for width in widths):
-        return f"its widths {widths} are no multiples of 4"
+    if any(width % DEPTH for width in widths):
+        return f"its widths {widths} are no multiples of {DEPTH}"
     return ""
 
 
 @dataclass(frozen=True)
 class CompiledModel:
-    """A `FusedModel` whose matrices are views of one array per kind, as kernels take them."""
+    """A `FusedModel`, and its matrices once more in panels; see `kernels.panels`."""
 
     fused: FusedModel
-    weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, in, out] each
+    weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
     biases: tuple[Any, ...]  # of qkv and out, and gains of queries and keys; see `kernels.cpu`
     floors: Any
     windows: Any
 
     @classmethod
     def of(cls, model: FusedModel) -> "CompiledModel":
-        """Put the layers' weights together; `model` is better forgotten afterwards."""
-        positions = model.decoder.positions
-        stacks = [torch.stack([getattr(x, name) for x in model.layers]) for name in MATRICES]
-        layers = [
-            replace(layer, **{name: stack[i] for name, stack in zip(MATRICES, stacks, strict=True)})
-            for i, layer in enumerate(model.layers)
-        ]
-        floors = stacks[0].new_tensor([model.sizes.floor, float(model.qk_floor)])
-        window = positions.window or 0
+        """Copy the layers' weights."""
+        positions, layers = model.decoder.positions, model.layers
+        like, window = model.qk_floor, positions.window or 0
         return cls(
-            replace(model, layers=layers),
-            tuple(stack.numpy() for stack in stacks),
+            model,
             tuple(
-                _stacked([getattr(layer, name) for layer in layers], axes, stacks[0])
+                np.stack([in_panels(getattr(layer, name)) for layer in layers]) for name in MATRICES
+            ),
+            tuple(
+                _stacked([getattr(layer, name) for layer in layers], axes, like)
                 for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
             ),
-            floors.numpy(),
+            like.new_tensor([model.sizes.floor, float(model.qk_floor)]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
         )
+
+
+def in_panels(matrix: Tensor) -> Any:
+    """An [in, out] matrix as [panels, in, PANEL], with columns of zeros at the end."""
+    inner, outer = matrix.shape
+    padded = F.pad(matrix, (0, padding(outer)))
+    return padded.view(inner, -1, PANEL).transpose(0, 1).contiguous().numpy()
+
+
+def padding(columns: int) -> int:
+    """Columns that are missing to whole panels."""
+    return -columns % PANEL
 
 
 def _stacked(parts: list[Tensor | None], axes: int, like: Tensor) -> Any:
@@ -82,15 +93,17 @@ class Desk:
 
     def __init__(self, sizes: Sizes, like: Tensor):
         """Make them, in the dtype of `like`."""
-        room = -(-MOST_TOKENS // 4) * 4
         every = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         mixed = sizes.heads * sizes.head_dim
-        self.hidden = like.new_zeros(room, sizes.hidden)
-        self.x = self.hidden.numpy()
-        widths = sizes.hidden, every, mixed, 2 * sizes.intermediate
-        self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
+        self._all = like.new_zeros(MOST_TOKENS, sizes.hidden + padding(sizes.hidden))
+        self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
+        wide = 2 * sizes.intermediate
+        widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
+        self._buffers = tuple(like.new_zeros(MOST_TOKENS, width).numpy() for width in widths)
         self._scores = like.new_zeros(64).numpy()
+        self._tokens = np.zeros((MOST_TOKENS, 2), np.int64)
         self._outs: dict[tuple[int, int], Tensor] = {}
+        self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
         self._span: Any = None  # the one that is placed
 
     def buffers(self, seen: int) -> tuple[Any, ...]:
@@ -105,24 +118,36 @@ class Desk:
             self._outs[rows, time] = self.hidden[: rows * time].view(rows, time, -1)
         return self._outs[rows, time]
 
-    def place(self, model: FusedModel, hidden: Tensor, span: Span) -> None:
+    def place(self, positions: Positions, hidden: Tensor, span: Span) -> None:
         """Work out where a block's tokens stand and how they are rotated, unless that is known."""
         at = span.rows, span.starts, span.counts
         if at == self._span:
             return
         self._span = at
+        count = sum(span.counts)
+        self.tokens = self._tokens[:count]
         rows = range(len(span.starts)) if span.rows is None else span.rows
-        whole = zip(rows, span.starts, span.counts, strict=True)
-        self.tokens = np.array([(r, s + i) for r, s, n in whole for i in range(n)])
-        turns = torch.view_as_real(model.decoder.positions.turns(hidden, span))
-        self.filling = len(self.tokens) < len(span.starts) * span.time
-        if len(turns) < len(span.starts):
-            turns = turns.expand(len(span.starts), -1, -1, -1)
-        turns = turns.flatten(0, 1)
+        first = 0
+        for row, start, length in zip(rows, span.starts, span.counts, strict=True):
+            for i in range(length):
+                self.tokens[first + i, 0], self.tokens[first + i, 1] = row, start + i
+            first += length
+        self.filling = count < len(span.starts) * span.time
         if self.filling:
             counted = enumerate(span.counts)
             self.index = torch.tensor([r * span.time + i for r, n in counted for i in range(n)])
-            turns = turns[self.index]
+        if positions.tabled:
+            if len(self._turns) < span.stop:
+                everything = Span((0,), (1 << span.stop.bit_length(),))
+                self._turns = torch.view_as_real(positions.turns(hidden, everything))[0].numpy()
+            if len(span.starts) == 1:
+                self.turns = self._turns[span.starts[0] : span.stop]
+            else:
+                self.turns = self._turns[self.tokens[:, 1]]
+            return
+        turns = torch.view_as_real(positions.turns(hidden, span))
+        turns = turns.expand(len(span.starts), -1, -1, -1).flatten(0, 1)
+        turns = turns[self.index] if self.filling else turns
         self.turns = turns.contiguous().numpy()
 
 
@@ -194,19 +219,24 @@ class CompiledSegment:
             model.biases[0],
             model.biases[2],
             model.floors,
+            model.fused.sizes.heads,
             desk.buffers(span.stop),
         )
 
     def _begin(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
         """Lay the block out for the kernels; returns the cache's memory."""
-        sizes, desk, cut = self.model.fused.sizes, self.desk, hidden[:, : span.time]
+        sizes, desk = self.model.fused.sizes, self.desk
+        cut = hidden if hidden.shape[1] == span.time else hidden[:, : span.time]
         cache.pair(True)
         kv = cache.hold(self.start, self.stop, span, hidden, sizes.kv_heads, sizes.head_dim)
-        desk.place(self.model.fused, cut, span)
-        if hidden.data_ptr() != desk.hidden.data_ptr():  # else the segment before this one gave it
-            flat = cut.reshape(-1, cut.shape[2])
-            rows = flat[desk.index] if desk.filling else flat
-            desk.hidden[: len(rows)].copy_(rows)
+        desk.place(self.model.fused.decoder.positions, cut, span)
+        if desk.filling:
+            rows = cut.reshape(-1, sizes.hidden)[desk.index]
+            desk.hidden[: len(rows)] = rows
+            return kv.numpy()
+        place = desk.out(*cut.shape[:2])
+        if cut is not place:  # else the segment before this one gave it
+            place.copy_(cut)
         return kv.numpy()
 
 
@@ -263,10 +293,9 @@ class CompiledReadout:
 
     def __init__(self, fused: FusedReadout):
         """Take the prepared weights over."""
-        self._head, self._floor = fused.head, fused.floor
         assert isinstance(fused.head, Tensor)
-        self._long = replace(fused, head=fused.head.contiguous())
-        self._matrix, self._least = self._long.head.numpy(), float(fused.floor)
+        self._long, self._floor = fused, float(fused.floor)
+        self._panels, self._vocab = in_panels(fused.head), fused.head.shape[1]
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -276,10 +305,25 @@ class CompiledReadout:
             return self._long(hidden)
         from ..kernels import cpu
 
-        room = -(-rows // cpu.TILE) * cpu.TILE if rows > 1 else 1
-        x = hidden.new_empty(room, hidden.shape[1])
-        x[:rows] = hidden
-        logits = hidden.new_empty(room, self._matrix.shape[1])
-        normed = np.empty(x.shape, self._matrix.dtype)
-        cpu.read_out(x.numpy(), self._least, self._matrix, normed, logits.numpy(), rows)
-        return logits[:rows]
+        logits = hidden.new_empty(rows, self._vocab + padding(self._vocab))
+        normed = np.empty(hidden.shape, self._panels.dtype)
+        x = hidden.contiguous().numpy()
+        cpu.read_out(x, self._floor, self._panels, normed, logits.numpy())
+        return logits[:, : self._vocab]
+
+
+class CompiledConfidences(Confidences):
+    """`Confidences` that read the logits once for all they need."""
+
+    def __init__(self, confidences: Confidences):
+        """Measure as `confidences` does."""
+        super().__init__(confidences.measure, confidences.maps, confidences.gate)
+
+    def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
+        """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
+        from ..kernels import cpu
+
+        rows = np.empty((len(logits), 5))
+        cpu.summarise(logits.contiguous().numpy(), rows)
+        found = [Summary(*row) for row in rows.tolist()]
+        return self.of_summaries(found, logits.shape[-1], exit_layer, measure)

@@ -2,11 +2,11 @@
 
 A decoding step reads every weight once, so its time is that of the memory, if nothing else takes
 longer. Two things do in a framework: calling a dozen operations per layer, and products of two to
-eight rows, which general libraries pack for throughput. Here a run of layers is one call, and a
-product reads four rows of the weights at a time and adds them to all its rows.
+eight rows, which general libraries pack for throughput. Here a run of layers is one call, and the
+weights lie as they are read: in panels of 16 columns, whose sums stay in registers.
 
 Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `heads`, `kv_heads`,
-`head_dim`, `layers`.
+`head_dim`, `layers`, `panels`.
 """
 
 import math
@@ -17,13 +17,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from .panels import PANEL, add_four, add_one, add_three, add_two
+
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
 _compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
-TILE = 4  # tokens that share a reading of the weights; buffers have room for a multiple of it
-# Columns and rows of the weights that are met by all tokens before the next ones are: parts that
-# stay in a near cache. Measured at 160 to 1,408 rows and 256 to 2,816 columns.
-_STRIP, _HEIGHT = 4096, 16
 
 
 @intrinsic
@@ -73,95 +71,27 @@ def _exp_of(x: Any) -> Any:
 
 
 @_compiled
-def _add_one(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
-    """Add x @ w to y for token `m`; of `w` rows `top`..`end` and columns `left`..`right`.
-
-    The number of rows is a multiple of 4.
-    """
-    sums = y[m, left:right]
-    k = top
-    while k + 8 <= end:
-        a, b, c, d = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
-        e, f, g, h = x[m, k + 4], x[m, k + 5], x[m, k + 6], x[m, k + 7]
-        p, q = w[k, left:right], w[k + 1, left:right]
-        r, s = w[k + 2, left:right], w[k + 3, left:right]
-        t, u = w[k + 4, left:right], w[k + 5, left:right]
-        v, z = w[k + 6, left:right], w[k + 7, left:right]
-        for n in range(right - left):
-            sums[n] += ((a * p[n] + b * q[n]) + (c * r[n] + d * s[n])) + (
-                (e * t[n] + f * u[n]) + (g * v[n] + h * z[n])
-            )
-        k += 8
-    if k < end:
-        a, b, c, d = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
-        p, q = w[k, left:right], w[k + 1, left:right]
-        r, s = w[k + 2, left:right], w[k + 3, left:right]
-        for n in range(right - left):
-            sums[n] += (a * p[n] + b * q[n]) + (c * r[n] + d * s[n])
-
-
-@_compiled
-def _add_two(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
-    """The same for tokens `m` and `m + 1`."""
-    y0, y1 = y[m, left:right], y[m + 1, left:right]
-    for k in range(top, end, 4):
-        a0, b0, c0, d0 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
-        a1, b1, c1, d1 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
-        p, q = w[k, left:right], w[k + 1, left:right]
-        r, s = w[k + 2, left:right], w[k + 3, left:right]
-        for n in range(right - left):
-            i, j, u, v = p[n], q[n], r[n], s[n]
-            y0[n] += (a0 * i + b0 * j) + (c0 * u + d0 * v)
-            y1[n] += (a1 * i + b1 * j) + (c1 * u + d1 * v)
-
-
-@_compiled
-def _add_four(x: Any, w: Any, y: Any, m: int, top: int, end: int, left: int, right: int) -> None:
-    """The same for four."""
-    y0, y1 = y[m, left:right], y[m + 1, left:right]
-    y2, y3 = y[m + 2, left:right], y[m + 3, left:right]
-    for k in range(top, end, 4):
-        a0, b0, c0, d0 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
-        a1, b1, c1, d1 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
-        a2, b2, c2, d2 = x[m + 2, k], x[m + 2, k + 1], x[m + 2, k + 2], x[m + 2, k + 3]
-        a3, b3, c3, d3 = x[m + 3, k], x[m + 3, k + 1], x[m + 3, k + 2], x[m + 3, k + 3]
-        p, q = w[k, left:right], w[k + 1, left:right]
-        r, s = w[k + 2, left:right], w[k + 3, left:right]
-        for n in range(right - left):
-            i, j, u, v = p[n], q[n], r[n], s[n]
-            y0[n] += (a0 * i + b0 * j) + (c0 * u + d0 * v)
-            y1[n] += (a1 * i + b1 * j) + (c1 * u + d1 * v)
-            y2[n] += (a2 * i + b2 * j) + (c2 * u + d2 * v)
-            y3[n] += (a3 * i + b3 * j) + (c3 * u + d3 * v)
-
-
-@_compiled
 def add_product(x: Any, w: Any, y: Any, tokens: int, first: int = 0) -> None:
-    """Add x @ w to y, for the first `tokens` of both and the columns from `first` on.
+    """Add x @ w to y, for the first `tokens` of both.
 
     Args:
-        x: [room, in], `room` being `tokens` rounded up to a multiple of `TILE`, or more.
-        w: [in, out] without gaps; `in` is a multiple of 4.
-        y: [room, out] without gaps; what stands behind `tokens` means nothing afterwards.
+        x: [.., in or more]; `in` is a multiple of `DEPTH`.
+        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL.
+        y: [.., panels * PANEL].
         tokens: at least 1.
-        first: column.
+        first: panel to begin with.
     """
-    rows, columns = w.shape
-    if tokens == 1:
-        _add_one(x, w, y, 0, 0, rows, first, columns)
-        return
-    height = rows if tokens <= TILE else _HEIGHT
-    for left in range(first, columns, _STRIP):
-        right = min(left + _STRIP, columns)
-        for top in range(0, rows, height):
-            end = min(top + height, rows)
-            for m in range(0, tokens, TILE):
-                if tokens - m == 1:
-                    _add_one(x, w, y, m, top, end, left, right)
-                elif tokens - m == 2:
-                    _add_two(x, w, y, m, top, end, left, right)
-                else:  # three cost what four do
-                    _add_four(x, w, y, m, top, end, left, right)
+    for panel in range(first, w.shape[0]):
+        row = 0
+        while row + 4 <= tokens:
+            add_four(x, w, y, row, panel)
+            row += 4
+        if tokens - row == 3:
+            add_three(x, w, y, row, panel)
+        elif tokens - row == 2:
+            add_two(x, w, y, row, panel)
+        elif tokens - row == 1:
+            add_one(x, w, y, row, panel)
 
 
 @_compiled
@@ -170,10 +100,10 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
     for m in range(tokens):
         row, into = x[m], out[m]
         total = x.dtype.type(floor * floor)
-        for n in range(row.shape[0]):
+        for n in range(into.shape[0]):
             total += row[n] * row[n]
         factor = x.dtype.type(1) / np.sqrt(total)
-        for n in range(row.shape[0]):
+        for n in range(into.shape[0]):
             into[n] = row[n] * factor
 
 
@@ -277,25 +207,26 @@ def run_layers(
     Args:
         start: first layer.
         stop: one more than the last.
-        x: hidden states, [room, hidden]; see `add_product`.
+        x: hidden states, [room, hidden in whole panels].
         place: [tokens, 2], each token's row of the cache and its position. Tokens of one row come
             in order; each sees those before it and the row's in the cache.
         turns: [tokens, head_dim / 2, 2], cos and sin at each token's position.
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
-        weights: qkv, out, gate and up, down, each [layers, in, out].
+        weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL].
         biases: of qkv and out, each [layers, out], and gains of queries and keys, [layers, heads +
             kv_heads, head_dim]; a model without them has none in the second axis.
         floors: what norms of hidden states, and of queries and keys, divide by at least.
         windows: of each layer, how many positions a token sees; 0 is all.
-        buffers: normed [room, hidden], projections [room, qkv], mixed [room, heads * head_dim],
-            gate_up [room, 2 * intermediate], scores [capacity].
+        buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
+            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [capacity].
     """
     qkv, out, gate_up, down = weights
     qkv_bias, out_bias, gains = biases
     normed, projected, mixed, wide, scores = buffers
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
-    heads = out.shape[1] // head_dim
-    group, inner = heads // kv_heads, down.shape[1]
+    heads = out.shape[2] // head_dim
+    group, inner = heads // kv_heads, down.shape[2]
+    every = (heads + 2 * kv_heads) * head_dim
     one = x.dtype.type(1)
     for layer in range(start, stop):
         norm(x, floors[0], normed, tokens)
@@ -304,7 +235,7 @@ def run_layers(
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
-            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
             if gains.shape[1]:
                 _norm_heads(by_head[: heads + kv_heads], gains[layer], floors[1])
             _turn(by_head[: heads + kv_heads], turns[m])
@@ -315,7 +246,7 @@ def run_layers(
         for m in range(tokens):
             row, seen = place[m, 0], place[m, 1] + 1
             first = max(0, seen - window) if window else 0
-            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
             into = mixed[m].reshape(heads, head_dim)
             for h in range(heads):
                 keys = kv[layer, 0, row, h // group, first:seen]
@@ -327,7 +258,7 @@ def run_layers(
         wide[:tokens] = 0
         add_product(normed, gate_up[layer], wide, tokens)
         for m in range(tokens):
-            gate, up = wide[m, :inner], wide[m, inner:]
+            gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
             for n in range(inner):
                 gate[n] = gate[n] / (one + _exp(-gate[n])) * up[n]
         add_product(wide, down[layer], x, tokens)
@@ -345,21 +276,24 @@ def store_layers(
     qkv_bias: Any,
     gains: Any,
     floors: Any,
+    heads: int,
     buffers: Any,
 ) -> None:
-    """Give layers `start`..`stop` the tokens' keys and values only; arguments as `run_layers`."""
+    """Give layers `start`..`stop` the tokens' keys and values only.
+
+    Arguments are those of `run_layers`; `heads` are the queries'.
+    """
     normed, projected = buffers[0], buffers[1]
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
-    skipped = qkv.shape[2] - 2 * kv_heads * head_dim
-    heads = skipped // head_dim
+    every = (heads + 2 * kv_heads) * head_dim
     norm(x, floors[0], normed, tokens)
     for layer in range(start, stop):
         projected[:tokens] = 0
-        add_product(normed, qkv[layer], projected, tokens, skipped)
+        add_product(normed, qkv[layer], projected, tokens, heads * head_dim // PANEL)
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
-            by_head = projected[m].reshape(heads + 2 * kv_heads, head_dim)
+            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
             keys = by_head[heads : heads + kv_heads]
             if gains.shape[1]:
                 _norm_heads(keys, gains[layer, heads:], floors[1])
@@ -370,8 +304,43 @@ def store_layers(
 
 
 @_compiled
-def read_out(x: Any, floor: float, head: Any, normed: Any, out: Any, tokens: int) -> None:
-    """Logits [room, vocab] of hidden states [room, hidden]: norm and LM head [hidden, vocab]."""
+def read_out(x: Any, floor: float, head: Any, normed: Any, out: Any) -> None:
+    """Logits of hidden states: norm and LM head.
+
+    Args:
+        x: [tokens, hidden].
+        floor: what the norm divides by at least.
+        head: [panels, hidden, PANEL].
+        normed: [tokens, hidden].
+        out: gets the logits, [tokens, vocab in whole panels].
+    """
+    tokens = x.shape[0]
     norm(x, floor, normed, tokens)
-    out[:tokens] = 0
+    out[:] = 0
     add_product(normed, head, out, tokens)
+
+
+@_compiled
+def summarise(logits: Any, out: Any) -> None:
+    """The fields of `confidence.Summary` for each row of logits [tokens, vocab], [tokens, 5]."""
+    for m in range(logits.shape[0]):
+        row = logits[m]
+        top = row[0]
+        for n in range(row.shape[0]):
+            top = max(top, row[n])
+        total = weighted = logits.dtype.type(0)
+        for n in range(row.shape[0]):
+            gap = row[n] - top
+            share = _exp(gap)
+            total += share
+            weighted += share * gap
+        second, token, found = logits.dtype.type(-np.inf), 0, False
+        for n in range(row.shape[0]):
+            if row[n] > second:
+                if row[n] == top and not found:
+                    token, found = n, True
+                else:
+                    second = row[n]
+        out[m, 0], out[m, 1], out[m, 2] = top, second, token
+        out[m, 3] = top + np.log(total)
+        out[m, 4] = np.log(total) - weighted / total
