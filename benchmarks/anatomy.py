@@ -10,10 +10,12 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.engine.compiled import CompiledSegment
 from adaptive_gen.engine.fused import FusedSegment, product
 from adaptive_gen.settings import state
 
@@ -57,6 +59,8 @@ def run(model: Any, name: str, rounds: int) -> dict[str, Any]:
     }
     if isinstance(segment, FusedSegment):
         parts["products"] = _products(segment)
+    elif isinstance(segment, CompiledSegment):
+        parts["products"] = _compiled_products(segment)
     taken: dict[str, list[float]] = {part: [] for part in (*parts, "token")}
     for _ in range(rounds + 1):  # the first warms up
         for part, work in parts.items():
@@ -98,6 +102,24 @@ def _token(model: Any, prompt: Tensor) -> float:
         return_dict_in_generate=True,
     )
     return out.report.decode_s / (NEW_TOKENS - 1)
+
+
+def _compiled_products(segment: CompiledSegment) -> Callable[[], object]:
+    """The same by the kernels of `compiled`."""
+    from adaptive_gen.kernels import cpu
+
+    weights = segment.model.weights
+    buffers = [
+        (np.ones((1, w.shape[2]), w.dtype), np.zeros((1, w.shape[1] * w.shape[3]), w.dtype))
+        for w in weights
+    ]
+
+    def run() -> None:
+        for layer in range(segment.start, segment.stop):
+            for (x, y), matrix in zip(buffers, weights, strict=True):
+                cpu.add_product(x, matrix[layer], y, 1)
+
+    return run
 
 
 def _products(segment: FusedSegment) -> Callable[[], object]:

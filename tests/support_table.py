@@ -27,7 +27,9 @@ def table():
         if not entry.model_type:
             model = adaptive_gen.wrap(families.make(family))
             pattern = PATTERNS[tuple(state(model).decoder.positions.types)]
-            engines = "fused, module" if state(model).backend.name == "fused" else "module"
+            engines = "module"
+            if state(model).backend.name != "module":
+                engines = "compiled, fused, module"
             rows[pattern, engines, entry.note].append(f"`{family}`")
     lines = ["| family (`model_type`) | attention | back ends | notes |", "|---|---|---|---|"]
     for (pattern, engines, note), names in sorted(rows.items()):

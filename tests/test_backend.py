@@ -118,9 +118,9 @@ def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_
     """The back ends take turns on one cache, which grows and drops rows in between."""
     backends = [
         Backend(state(adaptive_gen.wrap(tiny_llama().double())).backend.decoder, engine)
-        for engine in ("fused", "module")
+        for engine in ("compiled", "fused", "module")
     ]
-    fused, module = (backend.segments([2, 4]) for backend in backends)
+    ways = [backend.segments([2, 4]) for backend in backends]
     n_layers = backends[0].decoder.n_layers
     ids = torch.arange(3, 43).reshape(2, 20)
     mixed, expected = (KVCache(n_layers, capacity=4, batch=2) for _ in range(2))
@@ -130,7 +130,7 @@ def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_
             expected.keep([1])
         part = part[-mixed.batch :]
         ours = theirs = backends[0].decoder.embed(part)
-        for a, b in zip(module if step % 3 == 1 else fused, module, strict=True):
+        for a, b in zip(ways[step % 3], ways[-1], strict=True):
             ours, theirs = a.run(ours, mixed), b.run(theirs, expected)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for layer in range(4):
@@ -141,7 +141,7 @@ def test_the_keys_and_values_of_all_layers_stay_together_however_they_grow(tiny_
 def test_propagation_runs_no_layer_when_fused(tiny_llama):
     """The fused `store` reads the hidden states only: equal to the module's, whatever the depth."""
     outputs = []
-    for engine in ("module", "fused"):
+    for engine in ("module", "fused", "compiled"):
         model = adaptive_gen.wrap(tiny_llama().double(), exit_layers=[2, 4], engine=engine)
         out = model.generate(
             PROMPT, adaptive=True, threshold=0.3, kv="propagate", max_new_tokens=40

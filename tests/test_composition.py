@@ -70,7 +70,7 @@ def test_a_peft_model_is_wrapped_with_its_adapter(adapted):
 
 def test_an_adapter_added_after_wrapping_is_used_everywhere(adapted):
     model = adaptive_gen.wrap(untied(), EXITS)
-    assert state(model).backend.name == "fused"
+    assert state(model).backend.name == "compiled"
     expected = adapted(untied()).generate(**GREEDY)
     assert torch.equal(assert_decodes_as_transformers(adapted(model)), expected)
     assert state(model).backend.name == "module"
@@ -88,7 +88,7 @@ def test_merged_adapters_run_on_the_fast_back_end(adapted):
     tuned = model.generate(**FULL)
     merged = model.merge_and_unload()
     assert torch.equal(assert_decodes_as_transformers(merged), tuned)
-    assert state(merged).backend.name == "fused"
+    assert state(merged).backend.name == "compiled"
 
 
 def test_the_sorted_loss_reaches_the_adapter_only(adapted):
@@ -169,7 +169,7 @@ def test_forward_hooks_on_layers_are_called():
     assert len(seen) == out.shape[1] - IDS.shape[1] and state(model).backend.name == "module"
     handle.remove()
     model.generate(**FULL)
-    assert len(seen) == out.shape[1] - IDS.shape[1] and state(model).backend.name == "fused"
+    assert len(seen) == out.shape[1] - IDS.shape[1] and state(model).backend.name == "compiled"
 
 
 def split_over(model, second, **options):

@@ -42,7 +42,7 @@ def test_they_learn_while_the_model_stays_as_it_is(tmp_path, model_dir, data, ki
 
 
 @pytest.mark.parametrize("kind", ["norm", "block", "head"])
-@pytest.mark.parametrize("engine", ["fused", "module"])
+@pytest.mark.parametrize("engine", ["compiled", "fused", "module"])
 def test_generation_reads_exits_through_them(tiny_llama, kind, engine):
     model = with_readouts(tiny_llama, kind)
     ids = torch.randint(0, 200, (1, 9))

@@ -68,7 +68,7 @@ def interrupting():
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("engine", ["fused", "module"])
+@pytest.mark.parametrize("engine", ["compiled", "fused", "module"])
 def test_an_interruption_leaves_model_and_configuration_as_they_were(engine, mode):
     model = wrapped("llama", engine=engine)
     settings = {"adaptive": True, "policy": Uneven(), "max_new_tokens": 20, **mode}

@@ -39,7 +39,12 @@ def test_lossless_is_greedy_full_depth(family, policy, queue_cap):
 # Small enough that exits and full depth agree now and then, so that drafts stand and fall.
 MODELS = {
     (family, engine): wrapped(family, vocab_size=24, engine=engine)
-    for family, engine in (("llama", "fused"), ("llama", "module"), ("mistral", "fused"))
+    for family, engine in (
+        ("llama", "compiled"),
+        ("llama", "fused"),
+        ("llama", "module"),
+        ("mistral", "compiled"),
+    )
 }
 
 

@@ -27,7 +27,7 @@ def turn(model, text, seed=9, **keywords):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("engine", ["fused", "module"])
+@pytest.mark.parametrize("engine", ["compiled", "fused", "module"])
 def test_continuing_is_running_everything(engine, mode):
     model = wrapped("llama", engine=engine)
     first = model.generate(padded([9])["input_ids"], **settings())
