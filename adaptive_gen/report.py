@@ -57,7 +57,7 @@ class Report:
     # What was promised of calls like this one, and why no exit was checked where some could be.
     certificate: Certificate | None = None
     unchecked: str = ""
-    warm_up_s: float = 0.0  # of the two times above: capturing what later calls only replay
+    warm_up_s: float = 0.0  # of the two times above: compiling or capturing what later calls reuse
 
     @property
     def tokens_per_s(self) -> float:

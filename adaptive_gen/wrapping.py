@@ -48,12 +48,16 @@ def wrap(
             else the quarter points.
         calibration: an artefact or the path of one.
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
-        engine: "fused" runs Llama-shaped layers as few plain operations on copies of their weights
-            (CPU, float32 and float64), "module" calls the model's own layers, "auto" takes the
-            first where it can. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is
-            the same without capturing, on any device.
-        weights: "own", or "int8": `fused` reads weights rounded to 8 bits, faster and not quite the
-            same model (the README says by how much). The model's own weights stay as they are.
+        engine: "compiled" runs decoding steps of Llama-shaped layers in machine code (CPU, float32
+            and float64; two copies of the layers' weights), "fused" as few plain operations (one
+            copy), "module" calls the model's own layers. "auto" takes the first of these that can
+            run the model, and "compiled" only if a trial finds it no slower than "fused" with as
+            many threads as torch has: it uses one. The first process on a machine compiles, about
+            20 s once. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is the same
+            without capturing, on any device.
+        weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and
+            not quite the same model (the README says by how much). The model's own weights stay as
+            they are.
 
     Returns:
         The same object; `isinstance` with its own class still holds.

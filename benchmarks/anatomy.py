@@ -108,16 +108,17 @@ def _compiled_products(segment: CompiledSegment) -> Callable[[], object]:
     """The same by the kernels of `compiled`."""
     from adaptive_gen.kernels import cpu
 
-    weights = segment.model.weights
+    weights, scales = segment.model.weights, segment.model.scales
+    dtype = segment.desk.x.dtype
     buffers = [
-        (np.ones((1, w.shape[2]), w.dtype), np.zeros((1, w.shape[1] * w.shape[3]), w.dtype))
+        (np.ones((1, w.shape[2]), dtype), np.zeros((1, w.shape[1] * w.shape[3]), dtype))
         for w in weights
     ]
 
     def run() -> None:
         for layer in range(segment.start, segment.stop):
-            for (x, y), matrix in zip(buffers, weights, strict=True):
-                cpu.add_product(x, matrix[layer], y, 1)
+            for (x, y), matrix, scale in zip(buffers, weights, scales, strict=True):
+                cpu.add_product(x, matrix[layer], scale[layer], y, 1)
 
     return run
 

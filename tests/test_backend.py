@@ -147,4 +147,4 @@ def test_propagation_runs_no_layer_when_fused(tiny_llama):
             PROMPT, adaptive=True, threshold=0.3, kv="propagate", max_new_tokens=40
         )
         outputs.append(out.tolist())
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]

@@ -70,12 +70,12 @@ def test_generation_says_what_it_ran_on(tiny_llama, kv):
     out = model.generate(
         PROMPT, adaptive=True, threshold=0.3, kv=kv, max_new_tokens=20, return_dict_in_generate=True
     )
-    assert out.report.engine == "fused-int8"
+    assert out.report.engine == "compiled-int8"
     assert len(out.exit_layers[0]) == out.report.new_tokens
 
 
 def test_a_model_that_fused_cannot_run_has_no_int8_weights(tiny_llama):
-    with pytest.raises(OptionError, match="weights='int8' is for the back end fused"):
+    with pytest.raises(OptionError, match="weights='int8' is for the back ends compiled and fused"):
         adaptive_gen.wrap(tiny_llama(), engine="module", weights="int8")
     with pytest.raises(OptionError, match="weights='int4' is unknown; use one of own, int8"):
         adaptive_gen.wrap(tiny_llama(), weights="int4")

@@ -78,15 +78,15 @@ class Backend:
             engine: "auto" takes `compiled` where it is quicker, else `fused`, if it can;
                 "compiled", "fused", "graphs" and "static" insist; "module" is the model's own
                 layers.
-            weights: "own" are the model's; "int8" are rounded to 8 bits, which insists on `fused`.
+            weights: "own" are the model's; "int8" are rounded to 8 bits, for `compiled` or `fused`.
         """
         for name, value, known in (("engine", engine, ENGINES), ("weights", weights, WEIGHTS)):
             if value not in known:
                 raise OptionError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
-        if weights == "int8" and engine not in ("auto", "fused"):
+        if weights == "int8" and engine not in ("auto", "compiled", "fused"):
             raise OptionError(
-                f"weights='int8' is for the back end fused, not for engine={engine!r}; leave one "
-                "of the two out."
+                f"weights='int8' is for the back ends compiled and fused, not for "
+                f"engine={engine!r}; leave one of the two out."
             )
         self.decoder, self.engine, self.weights = decoder, engine, weights
         self.name, self.reason = "module", ""
@@ -133,13 +133,13 @@ class Backend:
             FusedSegment(self._fused, start, stop, self._stack(start, stop), workspace)
             for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
         ]
-        if self.name == "compiled":
-            assert self._compiled is not None
-            desk = Desk(self._fused.sizes, self._fused.qk_floor)
-            return [CompiledSegment(self._compiled, segment, desk) for segment in segments]
+        compiled = self._compiled if self.name == "compiled" else None
         if self.weights == "int8":
-            self.name = "fused-int8"
-        return [*segments]
+            self.name += "-int8"
+        if compiled is None:
+            return [*segments]
+        desk = Desk(self._fused.sizes, self._fused.qk_floor)
+        return [CompiledSegment(compiled, segment, desk) for segment in segments]
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
@@ -184,7 +184,7 @@ class Backend:
         """The confidences in what the latest `readout` gives, the quickest way there is."""
         if self.name in ON_SLABS and isinstance(self._readout, GraphReadout):
             return SummedConfidences(confidences, self._readout)
-        if self.name == "compiled":
+        if self.name.startswith("compiled"):
             return CompiledConfidences(confidences)
         return confidences
 
@@ -195,9 +195,9 @@ class Backend:
             assert self._graphs is not None
             return graphs.readout(self._graphs, norm, head)
         made = fuse_readout(norm, head)
-        if made is None or self.name == "fused":
-            return made
-        return CompiledReadout(made) if self.name == "compiled" else quantised_readout(made)
+        if made is not None and self.weights == "int8":
+            made = quantised_readout(made)
+        return CompiledReadout(made) if made and self.name.startswith("compiled") else made
 
     def _stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
         assert self._fused is not None
@@ -245,8 +245,6 @@ class Backend:
 
     def _unfit_for_compiled(self) -> str:
         """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
-        if self.weights == "int8":
-            return "its kernels are for weights='own'"
         reason = self._unfit_for_fused()
         if reason:
             return reason

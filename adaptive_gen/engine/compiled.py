@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
 from .cache import KVCache, Span
-from .fused import FusedModel, FusedReadout, FusedSegment
+from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
+from .int8 import Int8Matrix
 from .positions import SLIDING, Positions
 from .workspace import Sizes, Workspace
 
@@ -46,6 +47,7 @@ class CompiledModel:
 
     fused: FusedModel
     weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
+    scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
     biases: tuple[Any, ...]  # of qkv and out, and gains of queries and keys; see `kernels.cpu`
     floors: Any
     windows: Any
@@ -55,11 +57,11 @@ class CompiledModel:
         """Copy the layers' weights."""
         positions, layers = model.decoder.positions, model.layers
         like, window = model.qk_floor, positions.window or 0
+        parts = [_stack([getattr(layer, name) for layer in layers], like) for name in MATRICES]
         return cls(
             model,
-            tuple(
-                np.stack([in_panels(getattr(layer, name)) for layer in layers]) for name in MATRICES
-            ),
+            tuple(weights for weights, _ in parts),
+            tuple(scales for _, scales in parts),
             tuple(
                 _stacked([getattr(layer, name) for layer in layers], axes, like)
                 for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
@@ -69,11 +71,23 @@ class CompiledModel:
         )
 
 
-def in_panels(matrix: Tensor) -> Any:
-    """An [in, out] matrix as [panels, in, PANEL], with columns of zeros at the end."""
-    inner, outer = matrix.shape
-    padded = F.pad(matrix, (0, padding(outer)))
-    return padded.view(inner, -1, PANEL).transpose(0, 1).contiguous().numpy()
+def _stack(matrices: list[Matrix], like: Tensor) -> tuple[Any, Any]:
+    weights, scales = zip(*(in_panels(matrix, like) for matrix in matrices), strict=True)
+    return np.stack(weights), np.stack(scales)
+
+
+def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
+    """An [in, out] matrix as [panels, in, PANEL] with zeros at the end, and its columns' scale.
+
+    What is not rounded has a scale of 1, in the dtype of `like`.
+    """
+    if isinstance(matrix, Int8Matrix):
+        steps, scale = matrix.steps.t(), matrix.scale.to(like.dtype)
+    else:
+        steps, scale = matrix, like.new_ones(matrix.shape[1])
+    inner, outer = steps.shape
+    padded = F.pad(steps, (0, padding(outer))).view(inner, -1, PANEL)
+    return padded.transpose(0, 1).contiguous().numpy(), F.pad(scale, (0, padding(outer))).numpy()
 
 
 def padding(columns: int) -> int:
@@ -187,6 +201,7 @@ class CompiledSegment:
             desk.turns,
             kv,
             model.weights,
+            model.scales,
             model.biases,
             model.floors,
             model.windows,
@@ -216,6 +231,7 @@ class CompiledSegment:
             desk.turns,
             kv,
             model.weights[0],
+            model.scales[0],
             model.biases[0],
             model.biases[2],
             model.floors,
@@ -261,7 +277,8 @@ def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None,
         way()
     seconds = time.perf_counter() - clock
     if if_quicker:
-        compiled, fused = (min(_timed(way) for _ in range(_TRIALS)) for way in ways)
+        trials = [[_timed(way) for way in ways] for _ in range(_TRIALS)]
+        compiled, fused = map(min, zip(*trials, strict=True))
         if compiled > fused:
             threads = torch.get_num_threads()
             ratio = compiled / fused
@@ -293,9 +310,10 @@ class CompiledReadout:
 
     def __init__(self, fused: FusedReadout):
         """Take the prepared weights over."""
-        assert isinstance(fused.head, Tensor)
         self._long, self._floor = fused, float(fused.floor)
-        self._panels, self._vocab = in_panels(fused.head), fused.head.shape[1]
+        self._panels, self._scale = in_panels(fused.head, fused.floor)
+        rounded = isinstance(fused.head, Int8Matrix)
+        self._vocab = len(fused.head.scale) if rounded else fused.head.shape[1]
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -306,9 +324,9 @@ class CompiledReadout:
         from ..kernels import cpu
 
         logits = hidden.new_empty(rows, self._vocab + padding(self._vocab))
-        normed = np.empty(hidden.shape, self._panels.dtype)
         x = hidden.contiguous().numpy()
-        cpu.read_out(x, self._floor, self._panels, normed, logits.numpy())
+        normed = np.empty(x.shape, x.dtype)
+        cpu.read_out(x, self._floor, self._panels, self._scale, normed, logits.numpy())
         return logits[:, : self._vocab]
 
 

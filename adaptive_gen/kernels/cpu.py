@@ -71,12 +71,13 @@ def _exp_of(x: Any) -> Any:
 
 
 @_compiled
-def add_product(x: Any, w: Any, y: Any, tokens: int, first: int = 0) -> None:
-    """Add x @ w to y, for the first `tokens` of both.
+def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0) -> None:
+    """Add x @ (w * scale) to y, for the first `tokens` of both.
 
     Args:
         x: [.., in or more]; `in` is a multiple of `DEPTH`.
-        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL.
+        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8.
+        scale: of each column, [panels * PANEL].
         y: [.., panels * PANEL].
         tokens: at least 1.
         first: panel to begin with.
@@ -84,14 +85,14 @@ def add_product(x: Any, w: Any, y: Any, tokens: int, first: int = 0) -> None:
     for panel in range(first, w.shape[0]):
         row = 0
         while row + 4 <= tokens:
-            add_four(x, w, y, row, panel)
+            add_four(x, w, scale, y, row, panel)
             row += 4
         if tokens - row == 3:
-            add_three(x, w, y, row, panel)
+            add_three(x, w, scale, y, row, panel)
         elif tokens - row == 2:
-            add_two(x, w, y, row, panel)
+            add_two(x, w, scale, y, row, panel)
         elif tokens - row == 1:
-            add_one(x, w, y, row, panel)
+            add_one(x, w, scale, y, row, panel)
 
 
 @_compiled
@@ -197,6 +198,7 @@ def run_layers(
     turns: Any,
     kv: Any,
     weights: Any,
+    scales: Any,
     biases: Any,
     floors: Any,
     windows: Any,
@@ -213,6 +215,7 @@ def run_layers(
         turns: [tokens, head_dim / 2, 2], cos and sin at each token's position.
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
         weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL].
+        scales: of their columns, each [layers, panels * PANEL].
         biases: of qkv and out, each [layers, out], and gains of queries and keys, [layers, heads +
             kv_heads, head_dim]; a model without them has none in the second axis.
         floors: what norms of hidden states, and of queries and keys, divide by at least.
@@ -221,6 +224,7 @@ def run_layers(
             heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [capacity].
     """
     qkv, out, gate_up, down = weights
+    qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gains = biases
     normed, projected, mixed, wide, scores = buffers
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
@@ -231,7 +235,7 @@ def run_layers(
     for layer in range(start, stop):
         norm(x, floors[0], normed, tokens)
         projected[:tokens] = 0
-        add_product(normed, qkv[layer], projected, tokens)
+        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens)
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
@@ -252,16 +256,16 @@ def run_layers(
                 keys = kv[layer, 0, row, h // group, first:seen]
                 values = kv[layer, 1, row, h // group, first:seen]
                 _attend(by_head[h], keys, values, scores, into[h])
-        add_product(mixed, out[layer], x, tokens)
+        add_product(mixed, out[layer], out_scale[layer], x, tokens)
         _add_bias(x, out_bias[layer], tokens)
         norm(x, floors[0], normed, tokens)
         wide[:tokens] = 0
-        add_product(normed, gate_up[layer], wide, tokens)
+        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, tokens)
         for m in range(tokens):
             gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
             for n in range(inner):
                 gate[n] = gate[n] / (one + _exp(-gate[n])) * up[n]
-        add_product(wide, down[layer], x, tokens)
+        add_product(wide, down[layer], down_scale[layer], x, tokens)
 
 
 @_compiled
@@ -273,6 +277,7 @@ def store_layers(
     turns: Any,
     kv: Any,
     qkv: Any,
+    qkv_scale: Any,
     qkv_bias: Any,
     gains: Any,
     floors: Any,
@@ -289,7 +294,8 @@ def store_layers(
     norm(x, floors[0], normed, tokens)
     for layer in range(start, stop):
         projected[:tokens] = 0
-        add_product(normed, qkv[layer], projected, tokens, heads * head_dim // PANEL)
+        first = heads * head_dim // PANEL
+        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, first)
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
@@ -304,20 +310,21 @@ def store_layers(
 
 
 @_compiled
-def read_out(x: Any, floor: float, head: Any, normed: Any, out: Any) -> None:
+def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any) -> None:
     """Logits of hidden states: norm and LM head.
 
     Args:
         x: [tokens, hidden].
         floor: what the norm divides by at least.
         head: [panels, hidden, PANEL].
+        scale: of its columns.
         normed: [tokens, hidden].
         out: gets the logits, [tokens, vocab in whole panels].
     """
     tokens = x.shape[0]
     norm(x, floor, normed, tokens)
     out[:] = 0
-    add_product(normed, head, out, tokens)
+    add_product(normed, head, scale, out, tokens)
 
 
 @_compiled

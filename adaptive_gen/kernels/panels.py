@@ -22,29 +22,36 @@ _SUMS = ("contract", "nsz", "reassoc")
 def _adder(tokens: int) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
-    Its arguments: rows x [.., in or more], w [panels, in, PANEL], y [.., panels * PANEL], the first
-    row of x and y, and the panel.
+    Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype or int8, what each
+    column of w is multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and
+    y, and the panel.
     """
     chains = max(1, _TILE // tokens)  # sums that do not wait for each other
 
-    def add_panel(context: Any, x: Any, w: Any, y: Any, row: Any, panel: Any) -> Any:
-        signature = types.void(x, w, y, types.int64, types.int64)
-        align = x.dtype.bitwidth // 8
+    def add_panel(context: Any, x: Any, w: Any, scale: Any, y: Any, row: Any, panel: Any) -> Any:
+        signature = types.void(x, w, scale, y, types.int64, types.int64)
+        number = x.dtype.bitwidth // 8
+        whole = isinstance(w.dtype, types.Integer)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [
                 context.make_array(kind)(context, builder, value)
-                for kind, value in zip((x, w, y), args[:3], strict=True)
+                for kind, value in zip((x, w, scale, y), args[:4], strict=True)
             ]
-            (rows, weights, totals), (row, panel) = (a.data for a in arrays), args[3:]
+            (rows, weights, scales, totals), (row, panel) = (a.data for a in arrays), args[4:]
             shapes = [cgutils.unpack_tuple(builder, array.shape) for array in arrays]
-            inner, depth, outer = shapes[0][1], shapes[1][1], shapes[2][1]
+            inner, depth, outer = shapes[0][1], shapes[1][1], shapes[3][1]
             vector = ir.VectorType(rows.type.pointee, PANEL)
             undefined = ir.Constant(vector, ir.Undefined)
             first_lane = ir.Constant(ir.VectorType(_LANE, PANEL), [0] * PANEL)
 
             def vector_at(data: Any, index: Any) -> Any:
-                return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+                """PANEL numbers from an index on; they are aligned as one of them."""
+                kind = ir.VectorType(data.type.pointee, PANEL)
+                return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+            def load(data: Any, index: Any, bytes_each: int) -> Any:
+                return builder.load(vector_at(data, index), align=bytes_each)
 
             def spread(index: Any) -> Any:
                 value = builder.load(builder.gep(rows, [index]))
@@ -66,7 +73,9 @@ def _adder(tokens: int) -> Any:
             for chain in range(chains):
                 at = builder.add(k, ir.Constant(_WORD, chain))
                 place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
-                loaded = builder.load(vector_at(weights, place), align=align)
+                loaded = load(weights, place, w.dtype.bitwidth // 8)
+                if whole:
+                    loaded = builder.sitofp(loaded, vector)
                 grown.append([])
                 for begin, total in zip(begins, sums[chain], strict=True):
                     product = builder.fmul(spread(builder.add(begin, at)), loaded, flags=_SUMS)
@@ -81,13 +90,15 @@ def _adder(tokens: int) -> Any:
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
 
             builder.position_at_end(done)
-            for m, *parts in zip(each, *grown, strict=True):
-                left = builder.mul(panel, ir.Constant(_WORD, PANEL))
-                target = vector_at(totals, builder.add(builder.mul(m, outer), left))
-                total = builder.load(target, align=align)
-                for part in parts:
-                    total = builder.fadd(total, part, flags=_SUMS)
-                builder.store(total, target, align=align)
+            left = builder.mul(panel, ir.Constant(_WORD, PANEL))
+            factor = load(scales, left, number)
+            for m, product, *others in zip(each, *grown, strict=True):
+                for other in others:
+                    product = builder.fadd(product, other, flags=_SUMS)
+                at = builder.add(builder.mul(m, outer), left)
+                product = builder.fmul(product, factor, flags=_SUMS)
+                total = builder.fadd(load(totals, at, number), product, flags=_SUMS)
+                builder.store(total, vector_at(totals, at), align=number)
             return context.get_dummy_value()
 
         return signature, generate

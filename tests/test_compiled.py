@@ -1,0 +1,123 @@
+"""The back end `compiled`: its kernels against numpy and torch, and when it is taken.
+
+That its segments are the model's is shown with the other back ends in test_equivalence.py.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import adaptive_gen
+from adaptive_gen.confidence import MEASURES, Confidences
+from adaptive_gen.decoder import Decoder
+from adaptive_gen.engine import compiled
+from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.cache import KVCache
+from adaptive_gen.engine.compiled import CompiledConfidences, in_panels, padding
+from adaptive_gen.engine.int8 import Int8Matrix
+from adaptive_gen.kernels import cpu, panels
+from adaptive_gen.settings import state
+
+PROMPT = torch.arange(3, 11)[None]
+
+
+def product(x, matrix, columns, tokens, first=0):
+    w, scale = in_panels(matrix, x)
+    y = np.ones((len(x), columns + padding(columns)), x.numpy().dtype)
+    cpu.add_product(x.numpy(), w, scale, y, tokens, first)
+    return torch.from_numpy(y)[:, :columns]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_a_product_of_panels_is_the_matrix_product_for_any_number_of_tokens(tokens, dtype):
+    x, matrix = torch.randn(9, 20, dtype=dtype), torch.randn(20, 37, dtype=dtype)
+    got = product(x, matrix, 37, tokens)
+    torch.testing.assert_close(got[:tokens], 1 + x[:tokens] @ matrix)
+    assert (got[tokens:] == 1).all(), "rows behind the tokens are left alone"
+    later = product(x, matrix, 37, tokens, first=1)
+    assert (later[:, : panels.PANEL] == 1).all()
+    torch.testing.assert_close(later[:tokens, panels.PANEL :], got[:tokens, panels.PANEL :])
+
+
+def test_a_product_of_rounded_weights_is_that_of_what_they_stand_for():
+    x, matrix = torch.randn(5, 32), Int8Matrix.of(torch.randn(32, 40))
+    torch.testing.assert_close(product(x, matrix, 40, 5), 1 + x @ matrix.float())
+
+
+def test_a_panel_is_what_the_engine_takes_it_for():
+    assert (compiled.PANEL, compiled.DEPTH) == (panels.PANEL, panels.DEPTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_exponential_is_the_librarys(dtype):
+    """Seen through a summary of two logits, the smaller one by `gap`."""
+    gaps = torch.linspace(0, 80, 4001, dtype=dtype)
+    logits, out = torch.stack([torch.zeros_like(gaps), -gaps], dim=1), np.empty((len(gaps), 5))
+    cpu.summarise(logits.numpy(), out)
+    torch.testing.assert_close(
+        torch.from_numpy(out[:, 3]).to(dtype), torch.logsumexp(logits, -1), rtol=2e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_confidences_are_those_of_the_measures(measure):
+    logits = torch.cat([torch.randn(40, 300) * 4, torch.zeros(1, 300), torch.eye(3, 300) * 60])
+    logits[7, :2] = logits[7].max() + 1  # a tie
+    plain = Confidences(measure)
+    assert CompiledConfidences(plain)(logits, 2) == pytest.approx(plain(logits, 2), abs=2e-6)
+
+
+def test_a_summary_names_the_first_of_equals():
+    logits, out = np.array([[1, 5, 2, 5]], np.float32), np.empty((1, 5))
+    cpu.summarise(logits, out)
+    assert out[0, :3].tolist() == [5, 5, 1]
+    assert out[0, 3] == pytest.approx(math.log(math.exp(1) + 2 * math.exp(5) + math.exp(2)))
+
+
+def backend_of(model, engine="auto", **kwargs):
+    backend = Backend(Decoder(model.eval()), engine, **kwargs)
+    backend.segments([2, 4])
+    return backend
+
+
+def test_without_numba_fused_runs_and_the_reason_is_given(tiny_llama, monkeypatch):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    backend = backend_of(tiny_llama())
+    assert backend.name == "fused" and "numba is not installed" in backend.reason
+
+
+def test_widths_that_kernels_cannot_take_are_left_to_fused(tiny_llama):
+    backend = backend_of(tiny_llama(intermediate_size=46))
+    assert backend.name == "fused" and "no multiples of 4" in backend.reason
+
+
+def test_where_fused_is_quicker_it_is_taken(tiny_llama, monkeypatch):
+    seconds = iter([2.0, 1.0] * 5)  # of compiled and fused, in turns
+    monkeypatch.setattr(compiled, "_timed", lambda run: next(seconds))
+    backend = backend_of(tiny_llama())
+    assert backend.name == "fused" and "takes 2.0 times as long as fused" in backend.reason
+    assert backend_of(tiny_llama(), "compiled").name == "compiled"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["compiled", "fused"])
+def test_int8_weights_are_the_same_on_both_back_ends(tiny_llama, engine):
+    """Up to bfloat16, in which `fused` rounds activations; a prompt runs there in either case."""
+    model = tiny_llama()
+    exact = backend_of(model, "module")
+    rounded = backend_of(model, engine, weights="int8")
+    hidden = exact.decoder.embed(PROMPT)
+    outs = []
+    for backend in (exact, rounded):
+        (segment,) = backend.segments([backend.decoder.n_layers])
+        cache = KVCache(backend.decoder.n_layers)
+        outs.append(torch.cat([segment.run(h, cache).clone() for h in hidden.split(1, 1)], 1))
+    assert 0 < (outs[0] - outs[1]).norm() / outs[0].norm() < 0.05
+
+
+def test_the_time_to_compile_is_reported(tiny_llama):
+    model = adaptive_gen.wrap(tiny_llama())
+    assert state(model).backend.warm_up_s > 0
