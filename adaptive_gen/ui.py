@@ -125,6 +125,8 @@ def footer(report: "Report", wall_speedup: float | None = None) -> None:
         audit = report.audit
         agreement = f"{audit.agreement:.1%}" if audit.tokens else "-"
         parts.append(f"agreement {agreement} of {audit.tokens} tokens audited")
+    if report.unchecked:
+        parts.append(report.unchecked)
     err.print(Text(" · ".join(parts), style="dim"), soft_wrap=True)
 
 

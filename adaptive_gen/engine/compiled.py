@@ -9,6 +9,7 @@ Axes: `rows`, `time`, `hidden`, `layers`, `tokens` (of all rows, without filling
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +29,14 @@ PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
 MOST_TOKENS = 16  # of a block for which the kernels are quicker than general products
 _TRIALS = 5
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
+
+
+@lru_cache
+def _kernels() -> Any:
+    """`kernels.cpu`, which only a process that decodes on a CPU has to load numba for."""
+    from ..kernels import cpu
+
+    return cpu
 
 
 def unfit(model: FusedModel) -> str:
@@ -114,7 +123,8 @@ class Desk:
         wide = 2 * sizes.intermediate
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
         self._buffers = tuple(like.new_zeros(MOST_TOKENS, width).numpy() for width in widths)
-        self._scores = like.new_zeros(64).numpy()
+        self._work = (*self._buffers, like.new_zeros(64).numpy())
+        self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
         self._tokens = np.zeros((MOST_TOKENS, 2), np.int64)
         self._outs: dict[tuple[int, int], Tensor] = {}
         self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
@@ -122,9 +132,15 @@ class Desk:
 
     def buffers(self, seen: int) -> tuple[Any, ...]:
         """What the kernels work in, with room for scores of `seen` keys."""
-        if len(self._scores) < seen:
-            self._scores = np.zeros(1 << seen.bit_length(), self.x.dtype)
-        return (*self._buffers, self._scores)
+        if len(self._work[-1]) < seen:
+            self._work = (*self._buffers, np.zeros(1 << seen.bit_length(), self.x.dtype))
+        return self._work
+
+    def memory(self, kv: Tensor) -> Any:
+        """The memory of a cache as an array."""
+        if self._memory[0] is not kv:
+            self._memory = kv, kv.numpy()
+        return self._memory[1]
 
     def out(self, rows: int, time: int) -> Tensor:
         """The first rows * time hidden states as a block [rows, time, hidden]."""
@@ -183,14 +199,12 @@ class CompiledSegment:
         """Layers that have run after it."""
         return self.long.stop
 
-    @torch.no_grad()
     def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if sum(span.counts) > MOST_TOKENS:
             return self.long.run(hidden, cache, span)
-        from ..kernels import cpu
-
+        cpu = _kernels()
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
         cpu.run_layers(
@@ -213,14 +227,12 @@ class CompiledSegment:
         out.view(-1, hidden.shape[2])[desk.index] = desk.hidden[: len(desk.tokens)]
         return out
 
-    @torch.no_grad()
     def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """K/V of a block for all layers."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if sum(span.counts) > MOST_TOKENS:
             return self.long.store(hidden, cache, span)
-        from ..kernels import cpu
-
+        cpu = _kernels()
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
         cpu.store_layers(
@@ -242,18 +254,20 @@ class CompiledSegment:
     def _begin(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
         """Lay the block out for the kernels; returns the cache's memory."""
         sizes, desk = self.model.fused.sizes, self.desk
+        # Nothing here needs to be told that there are no gradients, which takes its time too.
+        hidden = hidden.detach() if hidden.requires_grad else hidden
         cut = hidden if hidden.shape[1] == span.time else hidden[:, : span.time]
         cache.pair(True)
         kv = cache.hold(self.start, self.stop, span, hidden, sizes.kv_heads, sizes.head_dim)
         desk.place(self.model.fused.decoder.positions, cut, span)
         if desk.filling:
             rows = cut.reshape(-1, sizes.hidden)[desk.index]
-            desk.hidden[: len(rows)] = rows
-            return kv.numpy()
+            desk.hidden[: rows.shape[0]] = rows
+            return desk.memory(kv)
         place = desk.out(*cut.shape[:2])
         if cut is not place:  # else the segment before this one gave it
             place.copy_(cut)
-        return kv.numpy()
+        return desk.memory(kv)
 
 
 def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None, str, float]:
@@ -315,19 +329,17 @@ class CompiledReadout:
         rounded = isinstance(fused.head, Int8Matrix)
         self._vocab = len(fused.head.scale) if rounded else fused.head.shape[1]
 
-    @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        rows = len(hidden)
+        rows = hidden.shape[0]
         if rows > MOST_TOKENS:
             return self._long(hidden)
-        from ..kernels import cpu
-
+        cpu = _kernels()
         logits = hidden.new_empty(rows, self._vocab + padding(self._vocab))
-        x = hidden.contiguous().numpy()
+        x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
         cpu.read_out(x, self._floor, self._panels, self._scale, normed, logits.numpy())
-        return logits[:, : self._vocab]
+        return logits if logits.shape[1] == self._vocab else logits[:, : self._vocab]
 
 
 class CompiledConfidences(Confidences):
@@ -339,9 +351,8 @@ class CompiledConfidences(Confidences):
 
     def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
         """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
-        from ..kernels import cpu
-
-        rows = np.empty((len(logits), 5))
+        cpu = _kernels()
+        rows = np.empty((logits.shape[0], 5))
         cpu.summarise(logits.contiguous().numpy(), rows)
         found = [Summary(*row) for row in rows.tolist()]
         return self.of_summaries(found, logits.shape[-1], exit_layer, measure)

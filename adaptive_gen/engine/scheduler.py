@@ -311,4 +311,4 @@ class Scheduler:
 
 def _pick(values: Tensor, places: list[int]) -> Tensor:
     """Some rows of [rows, ...]; all of them without a copy."""
-    return values if len(places) == len(values) else values[places]
+    return values if len(places) == values.shape[0] else values[places]
