@@ -50,11 +50,12 @@ def wrap(
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
         engine: "compiled" runs decoding steps of Llama-shaped layers in machine code (CPU, float32
             and float64; two copies of the layers' weights), "fused" as few plain operations (one
-            copy), "module" calls the model's own layers. "auto" takes the first of these that can
-            run the model, and "compiled" only if a trial finds it no slower than "fused" with as
-            many threads as torch has: it uses one. The first process on a machine compiles, about
-            20 s once. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is the same
-            without capturing, on any device.
+            copy), "module" calls the model's own layers. "auto" keeps to the one the calibration
+            was made on; without one it takes the first of these that can run the model, and
+            "compiled" only if a trial finds it no slower than "fused" with as many threads as torch
+            has: it uses one. The first process on a machine compiles, about 20 s once. "graphs"
+            captures Llama-shaped layers in CUDA graphs, "static" is the same without capturing, on
+            any device.
         weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and
             not quite the same model (the README says by how much). The model's own weights stay as
             they are.
@@ -93,7 +94,8 @@ def wrap(
     exit_layers = exit_layers or exits.quarter_points(decoder.n_layers)
     normalised = exits.normalise(exit_layers, decoder.n_layers)
     probe(model, decoder)
-    backend = Backend(decoder, engine, weights)
+    made_on = {} if calibration is None else calibration.fingerprint
+    backend = Backend(decoder, engine, weights, measured_on=made_on.get("engine", ""))
     backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
     attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
     if calibration is not None:

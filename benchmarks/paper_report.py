@@ -108,7 +108,8 @@ def _pairwise(results: list[dict], other: str) -> str:
         for column in columns:
             pairs = [
                 pair
-                for seed in sorted({s for s, _ in ours} & {s for s, _ in theirs})
+                for seed in sorted({s for s, _ in ours})
+                if (seed, row) in ours and (seed, column) in theirs
                 for pair in zip(ours[seed, row], theirs[seed, column], strict=True)
             ]
             cells.append(f"{fmean((a > b) - (a < b) for a, b in pairs):+.3f}" if pairs else "")

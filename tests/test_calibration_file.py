@@ -149,6 +149,17 @@ def test_a_calibration_of_other_weights_is_used_and_said(tiny_llama, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("engine", ["fused", "compiled"])
+def test_auto_keeps_to_the_back_end_that_was_calibrated(tiny_llama, engine, caplog):
+    made_on = fingerprint(tiny_llama(), engine)
+    kept = adaptive_gen.wrap(tiny_llama(), calibration=make(fingerprint=made_on))
+    assert state(kept).backend.name == engine
+    assert not caplog.text
+    other = adaptive_gen.wrap(tiny_llama(), calibration=make(fingerprint=made_on), engine="module")
+    assert state(other).backend.name == "module"
+    assert "another engine" in caplog.text
+
+
 def certified(**changes):
     promise = Certificate("prefix", 0.1, 0.95, 0.05, 0.01, 200, "betting", 64, ({"risk": 0.05},))
     points = make().points

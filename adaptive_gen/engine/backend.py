@@ -70,7 +70,9 @@ class Backend:
     before it.
     """
 
-    def __init__(self, decoder: Decoder, engine: str = "auto", weights: str = "own"):
+    def __init__(
+        self, decoder: Decoder, engine: str = "auto", weights: str = "own", measured_on: str = ""
+    ):
         """Choose.
 
         Args:
@@ -79,6 +81,8 @@ class Backend:
                 "compiled", "fused", "graphs" and "static" insist; "module" is the model's own
                 layers.
             weights: "own" are the model's; "int8" are rounded to 8 bits, for `compiled` or `fused`.
+            measured_on: name of the back end a calibration was made on, which "auto" keeps to if it
+                can: what was measured, or certified, is true of that one.
         """
         for name, value, known in (("engine", engine, ENGINES), ("weights", weights, WEIGHTS)):
             if value not in known:
@@ -89,6 +93,8 @@ class Backend:
                 f"engine={engine!r}; leave one of the two out."
             )
         self.decoder, self.engine, self.weights = decoder, engine, weights
+        measured_on = measured_on.removesuffix("-int8")
+        self._kept = measured_on if engine == "auto" and measured_on in TRIED["auto"] else ""
         self.name, self.reason = "module", ""
         self._signatures: dict[str, Any] = {}
         self._causes: dict[str, str] = {}
@@ -212,6 +218,8 @@ class Backend:
     def _choose(self) -> tuple[str, str]:
         """The back end to use, and why those before it cannot run the model as it is now."""
         tried = TRIED[self.engine]
+        if self._kept:
+            tried = (self._kept, *(name for name in tried if name != self._kept))
         if not tried:
             return "module", "engine='module' was asked for"
         common = self._unfit()
@@ -221,7 +229,8 @@ class Backend:
         for name in tried:
             reason = self._unfit_for(name)
             if not reason:
-                return name, "; ".join(reasons)
+                kept = "the calibration was made on it" if name == self._kept else ""
+                return name, kept or "; ".join(reasons)
             reasons.append(reason if len(tried) == 1 else f"not {name}, because {reason}")
         return "module", "; ".join(reasons)
 
@@ -249,13 +258,12 @@ class Backend:
         if reason:
             return reason
         # Which way is quicker depends on how many threads the other one has.
-        signature = (self._signatures["fused"], torch.get_num_threads(), self.engine)
+        if_quicker = self.engine == "auto" and self._kept != "compiled"
+        signature = (self._signatures["fused"], torch.get_num_threads(), if_quicker)
         if signature != self._signatures.get("compiled"):
             assert self._fused is not None
             self._signatures["compiled"] = signature
-            self._compiled, self._causes["compiled"], seconds = prepared(
-                self._fused, self.engine == "auto"
-            )
+            self._compiled, self._causes["compiled"], seconds = prepared(self._fused, if_quicker)
             self._compile_s += seconds
             if self._compiled is not None:
                 self._fused, self._stacks = self._compiled.fused, {}

@@ -24,8 +24,7 @@ _SUMS = {"contract", "reassoc", "nsz", "arcp"}
 _compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
 
 
-@intrinsic
-def _power_of_two(context: Any, exponent: Any) -> Any:
+def _bits_of_power(context: Any, exponent: Any) -> Any:
     """2 ** exponent as float32, for int32 in -126..127: put where a float has its exponent."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -34,6 +33,9 @@ def _power_of_two(context: Any, exponent: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+_power_of_two: Any = intrinsic(_bits_of_power)
 
 
 def _exp(x: Any) -> Any:
