@@ -9,8 +9,9 @@ operating points that were predicted and measured with them. The schema is this 
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,24 @@ class ConfidenceMap:
         left, right = self.raw[i - 1], self.raw[i]
         share = (confidence - left) / (right - left)
         return self.chance[i - 1] + share * (self.chance[i] - self.chance[i - 1])
+
+    def raw_of(self, chance: float) -> float:
+        """The smallest raw confidence that means at least `chance`, to the last bit.
+
+        -inf where every one does, inf where none does.
+        """
+        i = bisect_left(self.chance, chance)
+        if i == 0:
+            return -math.inf
+        if i == len(self.chance):
+            return math.inf
+        below, found = self.raw[i - 1], self.raw[i]
+        while below < (middle := (below + found) / 2) < found:
+            if self(middle) < chance:
+                below = middle
+            else:
+                found = middle
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

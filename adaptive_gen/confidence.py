@@ -6,7 +6,7 @@ in [0, 1], higher = surer, and is invariant to adding a constant to the logits.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +62,21 @@ def of_summary(name: str, summary: Summary, vocab: int) -> float:
 
 
 GATE = "gate"
-Maps = Mapping[str, Mapping[int, Callable[[float], float]]]
+
+
+class Map(Protocol):
+    """Raw confidence -> chance of agreement, not decreasing; see `calibration.ConfidenceMap`."""
+
+    def __call__(self, confidence: float, /) -> float:
+        """The chance."""
+        ...
+
+    def raw_of(self, chance: float, /) -> float:
+        """The smallest raw confidence that means at least this chance."""
+        ...
+
+
+Maps = Mapping[str, Mapping[int, Map]]
 
 
 class Confidences:
@@ -98,6 +112,15 @@ class Confidences:
     def reads_hidden(self) -> bool:
         """Whether the measure works without logits."""
         return self.measure == GATE
+
+    def calibrated(self, raw: float, exit_layer: int) -> float:
+        """What a raw value of the measure means at an exit layer."""
+        return self._mapped(self.measure, [raw], exit_layer)[0]
+
+    def raw_of(self, confidence: float, exit_layer: int) -> float:
+        """The smallest raw value of the measure that gives at least this confidence."""
+        found = self.maps.get(self.measure, {}).get(exit_layer)
+        return confidence if found is None else found.raw_of(confidence)
 
     def of_hidden(self, hidden: Tensor, exit_layer: int) -> list[float]:
         """The gate's confidence in each row of normed hidden states [rows, hidden]."""

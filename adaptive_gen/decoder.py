@@ -117,6 +117,11 @@ class Decoder:
         return self._head(self._parts.norm(hidden))
 
     @property
+    def plain_embedding(self) -> Any:
+        """The token embedding, where `embed` is that and nothing else; else None."""
+        return self._parts.plain_embedding
+
+    @property
     def plain_readout(self) -> tuple[Any, Any] | None:
         """Final norm and LM head, where `readout` is the one after the other and nothing else."""
         norm = self._parts.final_norm

@@ -86,6 +86,7 @@ class TokenLoop:
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None
+        self._stretch = backend.stretch(self.scheduler) if self._plain() else None
         self._open = list(self.texts.rows)  # those still growing, in the scheduler's order
         if settings.lossless:
             self._limit_drafts()
@@ -102,11 +103,14 @@ class TokenLoop:
         clock = time.perf_counter()
         self._prefill()
         while self._open:
-            readout = self.scheduler.step()
-            if readout is None:
-                continue
             first = any(not text.steps for text in self.texts.rows)
-            steps = self._settle(readout)
+            if self._stretch is not None and not first:
+                steps = self._run_stretch(self._open[0])
+            else:
+                readout = self.scheduler.step()
+                if readout is None:
+                    continue
+                steps = self._settle(readout)
             self._count(time.perf_counter() - clock, first)
             yield from steps
             clock = time.perf_counter()
@@ -127,6 +131,33 @@ class TokenLoop:
         for text, row in zip(self._open, self.scheduler.rows, strict=True):
             text.draft_length = DraftLength(shallow, self.settings.rules.queue_cap)
             row.cap = text.draft_length.length
+
+    def _plain(self) -> bool:
+        """Whether tokens are chosen, kept and ended by nothing but their own logits and ids."""
+        config, settings, texts = self.config, self.settings, self.texts
+        extras = config.do_sample, config.output_scores, config.output_logits
+        return not (
+            any(extras) or settings.lossless or settings.audit or texts.logits_processor
+        ) and (texts.ends is not None)
+
+    def _run_stretch(self, text: Text) -> list[Step]:
+        """Decode the next tokens of the only text at once."""
+        assert self._stretch is not None and self.texts.ends is not None
+        length, ends = self.texts.ends
+        token = int(self.texts.ids[text.row, text.width - 1])
+        found = self._stretch.run(token, length - text.width, ends)
+        self.texts.extend(text, [emitted.token for emitted in found])
+        full = text.width >= length
+        steps = [Step(*emitted, emitted.token in ends) for emitted in found]
+        steps[-1] = steps[-1]._replace(last=full or steps[-1].last)
+        text.steps += steps
+        text.finished = steps[-1].last
+        if text.finished:
+            self._open = []
+        if self.streamer is not None:
+            for step in steps:
+                self.streamer.put(torch.tensor([step.token]))
+        return steps
 
     def _settle(self, readout: Readout) -> list[Step]:
         """Turn rows that left into text and feed what comes next; return the tokens now certain."""
@@ -247,7 +278,7 @@ class TokenLoop:
             for place, text in enumerate(self._open):
                 text.place = place
         growing = [text for text in texts if not text.finished]
-        if growing:
+        if growing and self._stretch is None:
             rows = tuple(text.place for text in growing)
             self.scheduler.feed(rows, self.texts.newest(growing))
 

@@ -114,6 +114,14 @@ class Parts:
         """Whether `embed` adds a learned embedding of each token's position."""
         return self._positions is not None
 
+    @property
+    def plain_embedding(self) -> Any:
+        """The token embedding, where `embed` is that and nothing else; else None."""
+        others = self._project_in, self._embedding_multiplier, self._positions
+        if any(other is not None for other in others):
+            return None
+        return getattr(self.base, self._names["embed_tokens"])
+
     def embed(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer.
 

@@ -48,6 +48,19 @@ class ExitPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class ByThreshold(ExitPolicy, Protocol):
+    """A policy that looks at nothing but the confidence, and says how much of it is enough.
+
+    Compiled code can then decide for it, many tokens at a time. An attribute `confidence`, where a
+    policy has one, names a measure other than the call's.
+    """
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """The smallest confidence that leaves, where `may_exit` holds; inf for none."""
+        ...
+
+
 @dataclass(frozen=True)
 class NeverExit:
     """Every token runs at full depth, with no readout on the way."""
@@ -55,6 +68,10 @@ class NeverExit:
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """No."""
         return False
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """None is enough."""
+        return math.inf
 
     def should_exit(self, check: Check) -> bool:
         """No."""
@@ -70,6 +87,10 @@ class FixedExit:
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """Only at the fixed exit."""
         return exit_layer == self.exit_layer
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """Any is enough."""
+        return -math.inf
 
     def should_exit(self, check: Check) -> bool:
         """Only at the fixed exit."""
@@ -91,6 +112,10 @@ class ThresholdPolicy:
         """Whether the threshold of this exit can be reached."""
         return self.thresholds.get(exit_layer, 1.0) < 1.0
 
+    def least(self, exit_layer: int, position: int) -> float:
+        """The threshold of this exit."""
+        return self.thresholds.get(exit_layer, 1.0)
+
     def should_exit(self, check: Check) -> bool:
         """Whether the confidence reaches the threshold of this exit."""
         threshold = self.thresholds.get(check.exit_layer, 1.0)
@@ -111,7 +136,7 @@ class DecayingThreshold:
     amplitude: float = 0.1
     rate: float = 4.0
 
-    def at(self, exit_layer: int, position: int) -> float:
+    def least(self, exit_layer: int, position: int) -> float:
         """The threshold in force for the `position`-th new token."""
         base = self.thresholds.get(exit_layer, 1.0)
         if base >= 1.0:
@@ -121,11 +146,11 @@ class DecayingThreshold:
 
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """Whether the threshold in force can be reached."""
-        return self.at(exit_layer, position) < 1.0
+        return self.least(exit_layer, position) < 1.0
 
     def should_exit(self, check: Check) -> bool:
         """Whether the confidence reaches the threshold in force."""
-        threshold = self.at(check.exit_layer, check.position)
+        threshold = self.least(check.exit_layer, check.position)
         return threshold < 1.0 and check.confidence >= threshold
 
 

@@ -52,7 +52,7 @@ class Texts:
             criteria: transformers' list of stopping criteria.
         """
         self.prompts, self.config = prompts, config
-        self.criteria, self._ends = criteria, _plain_ends(criteria)
+        self.criteria, self.ends = criteria, _plain_ends(criteria)
         self.logits_processor = self._with_prefixes_of_real_rows(logits_processor)
         self.ids = torch.nn.functional.pad(prompts, (0, room))
         self.rows = [Text(row, prompts.shape[1]) for row in range(len(prompts))]
@@ -98,6 +98,14 @@ class Texts:
         for text in texts:
             text.width += 1
 
+    def extend(self, text: Text, tokens: list[int]) -> None:
+        """Write the next tokens of one text."""
+        width = text.width + len(tokens)
+        if width > self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, width))
+        self.ids[text.row, text.width : width] = torch.tensor(tokens)
+        text.width = width
+
     def newest(self, texts: list[Text]) -> Tensor:
         """The last token of each text, [rows, 1]."""
         if len({text.width for text in texts}) == 1:
@@ -106,8 +114,8 @@ class Texts:
 
     def stop(self, texts: list[Text], tokens: list[int], scores: Tensor) -> list[bool]:
         """Whether each of equally long texts ends as it stands, with its last token in `tokens`."""
-        if self._ends is not None:
-            length, ids = self._ends
+        if self.ends is not None:
+            length, ids = self.ends
             return [texts[0].width >= length or token in ids for token in tokens]
         shown = None
         if self.config.output_scores and len(self.rows) == 1:

@@ -1,5 +1,6 @@
 """Profiling: seconds of scripted decoding, to learn what layers, rows and readouts cost."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,10 @@ class Scripted:
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """Whether a readout is computed."""
         return exit_layer in self.asks
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """Any confidence or none."""
+        return -math.inf if self.depths[position] == exit_layer else math.inf
 
     def should_exit(self, check: Check) -> bool:
         """Whether the script names this exit."""

@@ -62,7 +62,7 @@ def test_the_decaying_threshold_is_calms():
     policy = DecayingThreshold({2: 0.8}, horizon=100)
     for position in (0, 1, 50, 400):
         expected = min(1.0, 0.9 * 0.8 + 0.1 * math.exp(-4 * position / 100))
-        assert policy.at(2, position) == pytest.approx(expected)
+        assert policy.least(2, position) == pytest.approx(expected)
     assert policy.should_exit(Check(2, 99, 0.75)) and not policy.should_exit(Check(2, 0, 0.75))
     assert DecayingThreshold({2: 1.0}, horizon=100).may_exit(2, 10_000) is False
 

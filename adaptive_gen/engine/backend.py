@@ -1,5 +1,6 @@
 """Which back end runs a model's segments, and its prepared weights."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ from .fusing import Unfit, fuse, fuse_readout, stacked
 from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
 from .recorder import Direct
+from .scheduler import Scheduler
 from .segment import Segment, module_segments
+from .stretch import Stretch, unfit
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
@@ -160,7 +163,7 @@ class Backend:
         if shared is None:
             return self.decoder.readout
         if not self.decoder.own:
-            return lambda hidden, _: shared(hidden)
+            return shared
         own = self.decoder.own
 
         def read(hidden: Tensor, exit_layer: int) -> Tensor:
@@ -193,6 +196,18 @@ class Backend:
         if self.name.startswith("compiled"):
             return CompiledConfidences(confidences)
         return confidences
+
+    def stretch(self, scheduler: Scheduler) -> Stretch | None:
+        """What decodes a text in stretches, of the latest segments, if that can be done."""
+        if not self.name.startswith("compiled") or unfit(scheduler):
+            return None
+        found = Stretch(scheduler)
+        if self._signatures.get("stretch") != self.name:
+            self._signatures["stretch"] = self.name
+            clock = time.perf_counter()
+            found.run(0, 0, frozenset())
+            self._compile_s += time.perf_counter() - clock
+        return found
 
     def _made_readout(
         self, norm: Any, head: Any

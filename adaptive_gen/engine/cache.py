@@ -142,6 +142,14 @@ class KVCache:
         places = part.narrow(4, span.starts[0], span.time)
         return Slots(places, keys.narrow(3, 0, span.stop), values.narrow(2, 0, span.stop))
 
+    def memory(self, stop: int, like: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+        """The memory of all layers, with room for `stop` tokens; see `hold`."""
+        whole = self._whole
+        if whole is None or whole.shape[4] < stop:
+            block = like.new_empty(2, self.batch, kv_heads, 1, head_dim)
+            whole = self._whole_with_room(block, stop)
+        return whole
+
     def hold(
         self, start: int, stop: int, span: Span, like: Tensor, kv_heads: int, head_dim: int
     ) -> Tensor:
@@ -158,10 +166,7 @@ class KVCache:
         Returns:
             [layers, 2 (keys, values), batch, kv_heads, capacity, head_dim].
         """
-        whole = self._whole
-        if whole is None or whole.shape[4] < span.stop:
-            block = like.new_empty(2, self.batch, kv_heads, 1, head_dim)
-            whole = self._whole_with_room(block, span.stop)
+        whole = self.memory(span.stop, like, kv_heads, head_dim)
         self._lengthen(start, span)
         self.lengths[start:stop] = [self.lengths[start]] * (stop - start)
         return whole

@@ -40,6 +40,14 @@ def _kernels() -> Any:
     return cpu
 
 
+@lru_cache
+def decode_kernel() -> Any:
+    """`kernels.decode`; see `_kernels`."""
+    from ..kernels import decode
+
+    return decode
+
+
 def unfit(model: FusedModel) -> str:
     """Why a prepared model cannot be run by compiled code; empty if it can."""
     if find_spec("numba") is None:
@@ -115,18 +123,18 @@ def _stacked(parts: list[Tensor | None], axes: int, like: Tensor) -> Any:
 class Desk:
     """Buffers of one generation's decoding steps; what runs in two threads must not share them."""
 
-    def __init__(self, sizes: Sizes, like: Tensor):
-        """Make them, in the dtype of `like`."""
+    def __init__(self, sizes: Sizes, like: Tensor, room: int = MOST_TOKENS):
+        """Make them for blocks of up to `room` tokens, in the dtype of `like`."""
         every = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         mixed = sizes.heads * sizes.head_dim
-        self._all = like.new_zeros(MOST_TOKENS, sizes.hidden + padding(sizes.hidden))
+        self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
         self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
         wide = 2 * sizes.intermediate
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
-        self._buffers = tuple(like.new_zeros(MOST_TOKENS, width).numpy() for width in widths)
+        self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
         self._work = (*self._buffers, like.new_zeros(64).numpy())
         self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
-        self._tokens = np.zeros((MOST_TOKENS, 2), np.int64)
+        self._tokens = np.zeros((room, 2), np.int64)
         self._outs: dict[tuple[int, int], Tensor] = {}
         self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
         self._span: Any = None  # the one that is placed
@@ -168,18 +176,21 @@ class Desk:
             counted = enumerate(span.counts)
             self.index = torch.tensor([r * span.time + i for r, n in counted for i in range(n)])
         if positions.tabled:
-            if len(self._turns) < span.stop:
-                everything = Span((0,), (1 << span.stop.bit_length(),))
-                self._turns = torch.view_as_real(positions.turns(hidden, everything))[0].numpy()
-            if len(span.starts) == 1:
-                self.turns = self._turns[span.starts[0] : span.stop]
-            else:
-                self.turns = self._turns[self.tokens[:, 1]]
+            turns = self.turns_until(positions, hidden, span.stop)
+            alone = len(span.starts) == 1
+            self.turns = turns[span.starts[0] : span.stop] if alone else turns[self.tokens[:, 1]]
             return
         turns = torch.view_as_real(positions.turns(hidden, span))
         turns = turns.expand(len(span.starts), -1, -1, -1).flatten(0, 1)
         turns = turns[self.index] if self.filling else turns
         self.turns = turns.contiguous().numpy()
+
+    def turns_until(self, positions: Positions, like: Tensor, stop: int) -> Any:
+        """Cos and sin of the positions below `stop` or more, [.., head_dim / 2, 2]."""
+        if len(self._turns) < stop:
+            everything = Span((0,), (1 << stop.bit_length(),))
+            self._turns = torch.view_as_real(positions.turns(like, everything))[0].numpy()
+        return self._turns
 
 
 @dataclass(frozen=True)
@@ -325,22 +336,22 @@ class CompiledReadout:
 
     def __init__(self, fused: FusedReadout):
         """Take the prepared weights over."""
-        self._long, self._floor = fused, float(fused.floor)
-        self._panels, self._scale = in_panels(fused.head, fused.floor)
+        self._long, self.floor = fused, float(fused.floor)
+        self.panels, self.scale = in_panels(fused.head, fused.floor)
         head = fused.head
-        self._vocab = len(head.scale) if isinstance(head, Int8Matrix) else head.shape[1]
+        self.vocab = len(head.scale) if isinstance(head, Int8Matrix) else head.shape[1]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         rows = hidden.shape[0]
         if rows > MOST_TOKENS:
             return self._long(hidden)
         cpu = _kernels()
-        logits = hidden.new_empty(rows, self._vocab + padding(self._vocab))
+        logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
-        cpu.read_out(x, self._floor, self._panels, self._scale, normed, logits.numpy())
-        return logits if logits.shape[1] == self._vocab else logits[:, : self._vocab]
+        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy())
+        return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
 
 class CompiledConfidences(Confidences):

@@ -130,7 +130,7 @@ class FusedReadout:
     head: Matrix  # [hidden, vocab]
     floor: Tensor  # what the norm divides by at least, a scalar
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self.floor)
         return product(hidden / length, self.head)

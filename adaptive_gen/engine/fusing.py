@@ -77,7 +77,7 @@ def fuse_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
     """Prepare a root-mean-square norm and the head behind it; None if the norm is another."""
     if not hasattr(norm, "variance_epsilon"):
         return None
-    matrix = faster_order((head.weight * _gain(norm)).t())
+    matrix = faster_order((head.weight * gain(norm)).t())
     readout = FusedReadout(matrix, head.weight.new_tensor(_floor(norm)))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, head.in_features, generator=generator, dtype=head.weight.dtype)
@@ -89,8 +89,8 @@ def _floor(norm: Any) -> float:
     return 0.0 if norm is None else math.sqrt(norm.weight.numel() * norm.variance_epsilon)
 
 
-def _gain(norm: Any) -> Tensor:
-    """A norm's gain with the factor that `normed` leaves out."""
+def gain(norm: Any) -> Tensor:
+    """A norm's gain with the factor that dividing by the length leaves out; see `FusedModel`."""
     return norm.weight * math.sqrt(norm.weight.numel())
 
 
@@ -105,14 +105,16 @@ def _layer(layer: Any) -> Layer:
     if any(m.bias is not None for m in linears[4:]):
         raise Unfit("its MLP has biases")
     scale = attention.scaling
-    input_gain, mlp_gain = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
+    input_gain, mlp_gain = gain(layer.input_layernorm), gain(layer.post_attention_layernorm)
     q, k, v = (m.weight * input_gain for m in linears[:3])
     biases = [m.bias for m in linears[:3]]
-    gain = None
+    qk_gain = None
     if hasattr(attention, "q_norm"):
         heads = q.shape[0] // attention.head_dim, k.shape[0] // attention.head_dim
-        q_gain, k_gain = _gain(attention.q_norm) * scale, _gain(attention.k_norm)
-        gain = side_by_side(torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)]))
+        q_gain, k_gain = gain(attention.q_norm) * scale, gain(attention.k_norm)
+        qk_gain = side_by_side(
+            torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)])
+        )
     else:
         q = q * scale
         biases[0] = None if biases[0] is None else biases[0] * scale
@@ -121,7 +123,7 @@ def _layer(layer: Any) -> Layer:
     return Layer(
         qkv=faster_order(torch.cat([q, k, v]).t()),
         qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
-        qk_gain=gain,
+        qk_gain=qk_gain,
         out=faster_order(linears[3].weight.t()),
         out_bias=linears[3].bias,
         gate_up=faster_order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),

@@ -204,7 +204,7 @@ class GraphReadout:
         self._lock = threading.Lock()  # threads that generate with one model share the desks
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         tile = tile_for(len(hidden))
         if tile is None:

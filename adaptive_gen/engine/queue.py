@@ -40,6 +40,15 @@ class Queue:
             counts, self.counts[0] = [self.counts[0]], 0
             self.push(block, counts)
 
+    def wait_in(self, buffer: Tensor) -> None:
+        """Keep what waits in `buffer` [batch, capacity, hidden] from now on; it must have room."""
+        self.own()
+        if self._buffer is not buffer:
+            if self._buffer is not None:
+                held = max(self.counts)
+                buffer[:, :held] = self._buffer[:, :held]
+            self._buffer = buffer
+
     def push(
         self, block: Tensor, counts: Sequence[int], rows: tuple[int, ...] | None = None
     ) -> None:

@@ -96,6 +96,28 @@ class Scheduler:
             row.stage, row.deep, row.checks = 0, False, ()
             row.position += 1
 
+    def go_on(
+        self, tokens: int, lengths: list[int], waiting: list[int], tallies: list[int]
+    ) -> None:
+        """Take over what `stretch.Stretch` has done to the only row.
+
+        Args:
+            tokens: that were decoded.
+            lengths: tokens that each segment's layers hold now.
+            waiting: in front of each segment.
+            tallies: layers run, deep passes and tokens caught up meanwhile.
+        """
+        self.rows[0].position += tokens
+        self.rows[0].deep = False
+        for segment, queue, length, count in zip(
+            self.segments, self.queues, lengths, waiting, strict=True
+        ):
+            layers = segment.stop - segment.start
+            self.cache.lengths[segment.start : segment.stop] = [(length,)] * layers
+            queue.counts[0] = count
+        for name, tally in zip(("layers_run", "deep_passes", "caught_up"), tallies, strict=True):
+            setattr(self, name, getattr(self, name) + tally)
+
     def step(self) -> Readout | None:
         """Run one segment; return the rows that left at its end, if any did."""
         index = self._next_segment()

@@ -21,7 +21,7 @@ from .panels import PANEL, add_four, add_one, add_three, add_two
 
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
-_compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
+compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
 
 
 def _bits_of_power(context: Any, exponent: Any) -> Any:
@@ -72,7 +72,7 @@ def _exp_of(x: Any) -> Any:
     return exp if x == types.float32 else library_exp
 
 
-@_compiled
+@compiled
 def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0) -> None:
     """Add x @ (w * scale) to y, for the first `tokens` of both.
 
@@ -97,7 +97,7 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0)
             add_one(x, w, scale, y, row, panel)
 
 
-@_compiled
+@compiled
 def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
     """Divide each token's hidden state by its length or more, see `FusedModel`."""
     for m in range(tokens):
@@ -110,7 +110,7 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
             into[n] = row[n] * factor
 
 
-@_compiled
+@compiled
 def _turn(heads: Any, turn: Any) -> None:
     """Rotate [heads, head_dim] by [head_dim / 2, (cos, sin)], pairs side by side."""
     for h in range(heads.shape[0]):
@@ -121,7 +121,7 @@ def _turn(heads: Any, turn: Any) -> None:
             head[2 * d + 1] = real * turn[d, 1] + imaginary * turn[d, 0]
 
 
-@_compiled
+@compiled
 def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
     """Norm queries and keys [heads, head_dim], head by head."""
     for h in range(heads.shape[0]):
@@ -134,7 +134,7 @@ def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
             head[d] *= factor * gain[h, d]
 
 
-@_compiled
+@compiled
 def _attend(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
     """One head's attention to [keys, head_dim]; `scores` has room for them."""
     zero = query.dtype.type(0)
@@ -183,7 +183,7 @@ def _attend(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
         out[d] *= factor
 
 
-@_compiled
+@compiled
 def _add_bias(y: Any, bias: Any, tokens: int) -> None:
     for m in range(tokens):
         row = y[m]
@@ -191,7 +191,7 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
             row[n] += bias[n]
 
 
-@_compiled
+@compiled
 def run_layers(
     start: int,
     stop: int,
@@ -270,7 +270,7 @@ def run_layers(
         add_product(wide, down[layer], down_scale[layer], x, tokens)
 
 
-@_compiled
+@compiled
 def store_layers(
     start: int,
     stop: int,
@@ -311,7 +311,7 @@ def store_layers(
                 kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
 
 
-@_compiled
+@compiled
 def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any) -> None:
     """Logits of hidden states: norm and LM head.
 
@@ -329,27 +329,34 @@ def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any)
     add_product(normed, head, scale, out, tokens)
 
 
-@_compiled
+@compiled
+def summary(row: Any) -> Any:
+    """The fields of `confidence.Summary` for logits [vocab]."""
+    top = row[0]
+    for n in range(row.shape[0]):
+        top = max(top, row[n])
+    total = weighted = row.dtype.type(0)
+    for n in range(row.shape[0]):
+        gap = row[n] - top
+        share = _exp(gap)
+        total += share
+        weighted += share * gap
+    second, token, found = row.dtype.type(-np.inf), 0, False
+    for n in range(row.shape[0]):
+        if row[n] > second:
+            if row[n] == top and not found:
+                token, found = n, True
+            else:
+                second = row[n]
+    log = np.log(total)
+    exact = np.float64  # what Python makes of them
+    return exact(top), exact(second), exact(token), exact(top + log), exact(log - weighted / total)
+
+
+@compiled
 def summarise(logits: Any, out: Any) -> None:
     """The fields of `confidence.Summary` for each row of logits [tokens, vocab], [tokens, 5]."""
     for m in range(logits.shape[0]):
-        row = logits[m]
-        top = row[0]
-        for n in range(row.shape[0]):
-            top = max(top, row[n])
-        total = weighted = logits.dtype.type(0)
-        for n in range(row.shape[0]):
-            gap = row[n] - top
-            share = _exp(gap)
-            total += share
-            weighted += share * gap
-        second, token, found = logits.dtype.type(-np.inf), 0, False
-        for n in range(row.shape[0]):
-            if row[n] > second:
-                if row[n] == top and not found:
-                    token, found = n, True
-                else:
-                    second = row[n]
-        out[m, 0], out[m, 1], out[m, 2] = top, second, token
-        out[m, 3] = top + np.log(total)
-        out[m, 4] = np.log(total) - weighted / total
+        found = summary(logits[m])
+        for i in range(5):
+            out[m, i] = found[i]

@@ -1,0 +1,198 @@
+"""Stretches: compiled code that decodes many tokens at once does what the scheduler does."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from families import make
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptive_gen
+from adaptive_gen.calibration import ConfidenceMap
+from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.stretch import Stretch
+from adaptive_gen.gate import Gate
+from adaptive_gen.policy import DecayingThreshold, FixedExit, NeverExit, ThresholdPolicy
+from adaptive_gen.settings import state
+
+PROMPT = torch.arange(5, 12)[None]
+EXITS = (2, 4, 6)
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    """The number of tokens of every stretch; `off` lets the scheduler decode instead."""
+
+    class Seen(list):
+        def off(self):
+            monkeypatch.setattr(Backend, "stretch", lambda *_: None)
+
+    seen, run = Seen(), Stretch.run
+
+    def spy(self, *args):
+        found = run(self, *args)
+        seen.append(len(found))
+        return found
+
+    monkeypatch.setattr(Stretch, "run", spy)
+    return seen
+
+
+def wrapped(model, **changes):
+    return adaptive_gen.wrap(model, exit_layers=EXITS, engine="compiled", **changes)
+
+
+def decoded(model, **kwargs):
+    settings = {"max_new_tokens": 40, "return_dict_in_generate": True, "adaptive": True}
+    return model.generate(PROMPT, **{**settings, **kwargs})
+
+
+def assert_same(ours, theirs):
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
+    torch.testing.assert_close(
+        ours.confidences, theirs.confidences, equal_nan=True, atol=1e-5, rtol=0
+    )
+    for name in ("deep_passes", "caught_up", "layers_run", "exit_histogram"):
+        assert getattr(ours.report, name) == getattr(theirs.report, name), name
+    one, other = (out.past_key_values._scheduler for out in (ours, theirs))
+    assert one.cache.lengths == other.cache.lengths
+    assert [q.counts for q in one.queues] == [q.counts for q in other.queues]
+    one.flush(), other.flush()
+    for layer in range(one.decoder.n_layers):
+        for mine, its in zip(
+            one.cache.keys_values(layer), other.cache.keys_values(layer), strict=True
+        ):
+            torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-4)
+
+
+POLICIES = {
+    "thresholds": ThresholdPolicy({2: 0.02, 4: 0.01}),
+    "decaying": DecayingThreshold({2: 0.01, 4: 0.01}, horizon=20),
+    "fixed": FixedExit(4),
+    "never": NeverExit(),
+}
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_stretch_is_what_the_scheduler_does(tiny_llama, stretches, kv, policy):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"kv": kv, "policy": POLICIES[policy]}
+    ours = decoded(model, **kwargs)
+    assert sum(stretches) == 39  # all but the prompt's own
+    if policy == "thresholds":
+        assert len(ours.report.exit_histogram) == 3
+    stretches.off()
+    assert_same(ours, decoded(model, **kwargs))
+
+
+@pytest.mark.parametrize("measure", ["margin", "max_prob", "entropy"])
+def test_every_measure_is_the_schedulers(tiny_llama, stretches, measure):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    confidences = decoded(model, confidence=measure, policy=FixedExit(2)).confidences
+    middle = float(confidences.nanmedian())
+    kwargs = {"confidence": measure, "threshold": {2: middle, 4: middle}}
+    ours = decoded(model, **kwargs)
+    assert len(ours.report.exit_histogram) > 1
+    stretches.off()
+    assert_same(ours, decoded(model, **kwargs))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_biases_norms_of_heads_and_windows_come_along(stretches, family):
+    model = adaptive_gen.wrap(make(family, torch.float64), engine="compiled")
+    layers = state(model).exit_layers
+    policy = ThresholdPolicy({layer: 0.01 for layer in layers[:-1]})
+    ours = decoded(model, policy=policy, eos_token_id=None)
+    assert sum(stretches) == 39
+    stretches.off()
+    assert_same(ours, decoded(model, policy=policy, eos_token_id=None))
+
+
+def test_a_gate_reads_hidden_states(tiny_llama, stretches):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2)
+    weights = {layer: torch.randn(32) * 0.3 for layer in (2, 4)}
+    state(model).gate = Gate(weights, {layer: torch.tensor(0.1) for layer in (2, 4)})
+    ours = decoded(model, confidence="gate", threshold=0.6)
+    assert len(ours.report.exit_histogram) == 3 and sum(stretches) == 39
+    stretches.off()
+    assert_same(ours, decoded(model, confidence="gate", threshold=0.6))
+
+
+def test_a_text_ends_where_it_would(tiny_llama, stretches):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    text = decoded(model, threshold=0.01).sequences[0, 7:].tolist()
+    end = next(token for token in text[5:] if token not in text[:5])
+    ours = decoded(model, threshold=0.01, eos_token_id=end)
+    assert ours.sequences[0, 7:].tolist() == text[: text.index(end) + 1]
+    stretches.off()
+    assert_same(ours, decoded(model, threshold=0.01, eos_token_id=end))
+
+
+def test_a_stream_may_be_dropped_and_its_cache_continued(tiny_llama, byte_tokenizer, stretches):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    settings = {"threshold": 0.01, "max_new_tokens": 40, "do_sample": False}
+    whole = [c.token for c in adaptive_gen.stream(model, byte_tokenizer, "once", **settings)]
+    stream = adaptive_gen.stream(model, byte_tokenizer, "once", **settings)
+    for _ in range(9):
+        next(stream)
+    stream.close()
+    ids = byte_tokenizer("once", return_tensors="pt").input_ids
+    longer = torch.cat([ids, torch.tensor([whole[:9]])], 1)
+    cache = stream.cache
+    assert cache is not None and cache.get_seq_length() >= ids.shape[1]
+    out = model.generate(
+        longer, adaptive=True, threshold=0.01, max_new_tokens=31, past_key_values=cache
+    )
+    assert out[0, ids.shape[1] :].tolist() == whole
+    assert max(stretches) > 1
+
+
+def test_texts_grow_beyond_what_there_was_room_for(tiny_llama, stretches, monkeypatch):
+    monkeypatch.setattr("adaptive_gen.decoding._MOST_ROOM", 4)
+    model = wrapped(tiny_llama(eos_token_id=None, max_position_embeddings=512))
+    ours = decoded(model, threshold=0.01, max_new_tokens=300)
+    stretches.off()
+    assert_same(ours, decoded(model, threshold=0.01, max_new_tokens=300))
+
+
+OTHERWISE = {
+    "a policy of one's own": {"policy": dataclasses.make_dataclass("Own", [], namespace={
+        "may_exit": lambda *_: True, "should_exit": lambda *_: True})()},
+    "another measure": {"policy": ThresholdPolicy({2: 0.01}, confidence="entropy")},
+    "sampling": {"do_sample": True, "threshold": 0.01},
+    "scores": {"output_scores": True, "threshold": 0.01},
+    "processors": {"repetition_penalty": 1.1, "threshold": 0.01},
+    "lazy prefill": {"prefill": "lazy", "threshold": 0.01},
+    "audit": {"audit": True, "threshold": 0.01},
+    "lossless": {"lossless": True, "threshold": 0.01},
+    "a time limit": {"max_time": 1000.0, "threshold": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", OTHERWISE)
+def test_whatever_needs_the_scheduler_gets_it(tiny_llama, stretches, why):
+    decoded(wrapped(tiny_llama(eos_token_id=None)), max_new_tokens=6, **OTHERWISE[why])
+    assert not sum(stretches)
+
+
+knots = st.lists(st.floats(0, 1), min_size=1, max_size=6).map(sorted)
+
+
+@given(knots, knots, st.floats(0, 1))
+def test_the_raw_threshold_decides_as_the_calibrated_one(raw, chance, threshold):
+    size = min(len(raw), len(chance))
+    found = ConfidenceMap(tuple(raw[:size]), tuple(chance[:size]))
+    least = found.raw_of(threshold)
+    if least > -math.inf:
+        assert found(math.nextafter(least, -1)) < threshold
+    if least < math.inf:
+        assert found(max(least, 0.0)) >= threshold
+    else:
+        assert found(1.0) < threshold
