@@ -17,7 +17,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from .panels import PANEL, add_four, add_one, add_three, add_two
+from .panels import (
+    PANEL,
+    add_four,
+    add_one,
+    add_one_alone,
+    add_three,
+    add_two,
+    add_two_alone,
+)
 
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
@@ -84,17 +92,22 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0)
         tokens: at least 1.
         first: panel to begin with.
     """
+    tiles = (tokens + 3) // 4
     for panel in range(first, w.shape[0]):
-        row = 0
-        while row + 4 <= tokens:
-            add_four(x, w, scale, y, row, panel)
-            row += 4
-        if tokens - row == 3:
-            add_three(x, w, scale, y, row, panel)
-        elif tokens - row == 2:
-            add_two(x, w, scale, y, row, panel)
-        elif tokens - row == 1:
-            add_one(x, w, scale, y, row, panel)
+        for tile in range(tiles):
+            row = 4 * tile
+            if tokens == 1:
+                add_one_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 2:
+                add_two_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row >= 4:
+                add_four(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row == 3:
+                add_three(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row == 2:
+                add_two(x, w, scale, y, row, panel, tile, tiles)
+            else:
+                add_one(x, w, scale, y, row, panel, tile, tiles)
 
 
 @compiled

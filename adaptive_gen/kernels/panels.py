@@ -16,20 +16,43 @@ PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
 _TILE = 4  # tokens that share a reading of a panel: their sums fill the registers of AVX2
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
+_BYTES = ir.IntType(8).as_pointer()
+_TO_READ_SOON = [ir.Constant(ir.IntType(32), value) for value in (0, 2, 1)]  # read, into L2, data
 _SUMS = ("contract", "nsz", "reassoc")
 
 
-def _adder(tokens: int) -> Any:
+def _one() -> Any:
+    return ir.Constant(_WORD, 1)
+
+
+def _prefetch(module: Any) -> Any:
+    """The instruction that asks for a line of memory and does not wait."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, *[ir.IntType(32)] * 3])
+    return cgutils.get_or_insert_function(module, kind, "llvm.prefetch.p0i8")
+
+
+def _adder(tokens: int, asks: bool) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
     Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype or int8, what each
     column of w is multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and
-    y, and the panel.
+    y, the panel, and which of how many calls for this panel it is. If it `asks`, these share the
+    work of asking for the next panel, so that memory is not idle while a panel is used again.
     """
     chains = max(1, _TILE // tokens)  # sums that do not wait for each other
 
-    def add_panel(context: Any, x: Any, w: Any, scale: Any, y: Any, row: Any, panel: Any) -> Any:
-        signature = types.void(x, w, scale, y, types.int64, types.int64)
+    def add_panel(
+        context: Any,
+        x: Any,
+        w: Any,
+        scale: Any,
+        y: Any,
+        row: Any,
+        panel: Any,
+        tile: Any,
+        tiles: Any,
+    ) -> Any:
+        signature = types.void(x, w, scale, y, *[types.int64] * 4)
         number = x.dtype.bitwidth // 8
         whole = isinstance(w.dtype, types.Integer)
 
@@ -38,7 +61,8 @@ def _adder(tokens: int) -> Any:
                 context.make_array(kind)(context, builder, value)
                 for kind, value in zip((x, w, scale, y), args[:4], strict=True)
             ]
-            (rows, weights, scales, totals), (row, panel) = (a.data for a in arrays), args[4:]
+            rows, weights, scales, totals = (a.data for a in arrays)
+            row, panel, tile, tiles = args[4:]
             shapes = [cgutils.unpack_tuple(builder, array.shape) for array in arrays]
             inner, depth, outer = shapes[0][1], shapes[1][1], shapes[3][1]
             vector = ir.VectorType(rows.type.pointee, PANEL)
@@ -61,6 +85,14 @@ def _adder(tokens: int) -> Any:
             each = [builder.add(row, ir.Constant(_WORD, m)) for m in range(tokens)]
             begins = [builder.mul(m, inner) for m in each]
             base = builder.mul(panel, depth)
+            # Each call goes through its part of the next panel in smaller steps than it reads.
+            of_row = ir.Constant(_WORD, PANEL * w.dtype.bitwidth // 8)
+            step = builder.udiv(of_row, tiles)
+            part = builder.mul(builder.mul(tile, depth), step)
+            whole_panels = builder.mul(builder.mul(builder.add(panel, _one()), depth), of_row)
+            following_panel = builder.gep(
+                builder.bitcast(weights, _BYTES), [builder.add(whole_panels, part)]
+            )
             before = builder.block
             loop = builder.append_basic_block("rows_of_weights")
             done = builder.append_basic_block("summed")
@@ -73,6 +105,9 @@ def _adder(tokens: int) -> Any:
             for chain in range(chains):
                 at = builder.add(k, ir.Constant(_WORD, chain))
                 place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
+                if asks:
+                    ahead = builder.gep(following_panel, [builder.mul(at, step)])
+                    builder.call(_prefetch(builder.module), [ahead, *_TO_READ_SOON])
                 loaded = load(weights, place, w.dtype.bitwidth // 8)
                 if whole:
                     loaded = builder.sitofp(loaded, vector)
@@ -106,4 +141,7 @@ def _adder(tokens: int) -> Any:
     return intrinsic(add_panel)
 
 
-add_one, add_two, add_three, add_four = map(_adder, range(1, _TILE + 1))
+add_one, add_two, add_three, add_four = (_adder(n, asks=True) for n in range(1, _TILE + 1))
+# One or two tokens alone leave processors time to follow the memory by themselves: asking only
+# disturbs them.
+add_one_alone, add_two_alone = (_adder(n, asks=False) for n in (1, 2))
