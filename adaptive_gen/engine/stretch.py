@@ -171,20 +171,27 @@ def unfit(scheduler: Scheduler) -> str:
     """Why a scheduler's text cannot be decoded in stretches; empty if it can."""
     confidences, policy = scheduler.confidences, scheduler.policy
     embedding = scheduler.decoder.plain_embedding
-    reasons = {
-        "it is one of a batch": len(scheduler.rows) > 1,
-        "its segments or readout are not compiled": not (
-            all(isinstance(segment, CompiledSegment) for segment in scheduler.segments)
-            and isinstance(scheduler.readout, CompiledReadout)
-            and type(confidences) is CompiledConfidences
-        ),
-        "its policy asks for more than one confidence": not isinstance(policy, ByThreshold)
-        or getattr(policy, "confidence", None) not in (None, confidences.measure),
-        "deep passes read out what they catch up": scheduler.rules.read_drafts,
-        "its prompt may wait in the queues": scheduler.rules.prefill != "full",
-        "its rotary embedding depends on its length": not scheduler.decoder.positions.tabled,
-        "its embedding is more than a table": type(embedding) is not nn.Embedding
+    if len(scheduler.rows) > 1:
+        return "it is one of a batch"
+    if not (
+        all(isinstance(segment, CompiledSegment) for segment in scheduler.segments)
+        and isinstance(scheduler.readout, CompiledReadout)
+        and type(confidences) is CompiledConfidences
+    ):
+        return "its segments, readout or confidences are not compiled"
+    reads = getattr(policy, "confidence", None)
+    if not isinstance(policy, ByThreshold) or reads not in (None, confidences.measure):
+        return "its policy asks for more than one confidence"
+    if scheduler.rules.read_drafts:
+        return "deep passes read out what they catch up"
+    if scheduler.rules.prefill != "full":
+        return "its prompt may wait in the queues"
+    if not scheduler.decoder.positions.tabled:
+        return "its rotary embedding depends on its length"
+    if (
+        type(embedding) is not nn.Embedding
         or embedding.max_norm is not None
-        or bool(embedding._forward_hooks or embedding._forward_pre_hooks),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+        or bool(embedding._forward_hooks or embedding._forward_pre_hooks)
+    ):
+        return "its embedding is more than a table"
+    return ""
