@@ -81,10 +81,17 @@ def _command(name: str, text: str, without: Sequence[str], run: Any, **more: Any
 
 def _trains(method: str) -> Any:
     def run(config: Path | None = None, **values: Any) -> None:
+        from torch import distributed
+
         from .run import main_process, train
 
         _quiet()
-        out = train(TrainConfig(**values), method)
+        try:
+            out = train(TrainConfig(**values), method)
+        finally:
+            # Threads of gloo that still run when the interpreter goes abort the process.
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
         if main_process():
             ui.text(str(out))
 
