@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from .audit import Auditor, GuardedPolicy
-from .drafting import Draft, DraftLength, confirm
+from .drafting import Draft, confirm
 from .engine.backend import Backend
+from .engine.drafts import DraftLength
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
@@ -86,10 +87,12 @@ class TokenLoop:
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None
-        self._stretch = backend.stretch(self.scheduler) if self._plain() else None
         self._open = list(self.texts.rows)  # those still growing, in the scheduler's order
         if settings.lossless:
             self._limit_drafts()
+        draft_length = self.texts.rows[0].draft_length
+        plain = self._plain()
+        self._stretch = backend.stretch(self.scheduler, draft_length) if plain else None
         self.prefill_s = self.decode_s = 0.0
 
     @property
@@ -136,9 +139,8 @@ class TokenLoop:
         """Whether tokens are chosen, kept and ended by nothing but their own logits and ids."""
         config, settings, texts = self.config, self.settings, self.texts
         extras = config.do_sample, config.output_scores, config.output_logits
-        return not (
-            any(extras) or settings.lossless or settings.audit or texts.logits_processor
-        ) and (texts.ends is not None)
+        unusual = any(extras) or settings.audit or texts.logits_processor
+        return not unusual and texts.ends is not None
 
     def _run_stretch(self, text: Text) -> list[Step]:
         """Decode the next tokens of the only text at once."""
@@ -228,11 +230,9 @@ class TokenLoop:
                 assert self._auditor is not None
                 self._auditor.count(draft.step.exit_layer, int(scores.argmax()) == draft.top)
                 continue
-            text.drafted += 1
             other = confirm(draft, scores)
             text.width += 1
             if other is None:
-                text.accepted += 1
                 step = draft.step
                 if self.config.output_scores:  # criteria may read them, and saw the exit's
                     step = step._replace(last=self.texts.stop([text], [step.token], scores)[0])
@@ -255,8 +255,8 @@ class TokenLoop:
 
     def _relearn(self, text: Text, stood: int, judged: int) -> None:
         assert text.draft_length is not None
-        cap = text.draft_length.observe(stood, judged)
-        self.scheduler.rows[text.place].cap = cap
+        text.draft_length.observe(stood, judged)
+        self.scheduler.rows[text.place].cap = text.draft_length.length
 
     def _confirm(self, text: Text, step: Step, scores: Tensor, logits: Tensor) -> None:
         text.steps.append(step)
@@ -293,6 +293,7 @@ class TokenLoop:
         depths = [step.exit_layer for text in self.texts.rows for step in text.steps]
         n_layers = self.scheduler.decoder.n_layers
         mean_depth = sum(depths) / len(depths) if depths else float(n_layers)
+        draft_lengths = [text.draft_length for text in self.texts.rows if text.draft_length]
         return Report(
             new_tokens=len(depths),
             n_layers=n_layers,
@@ -303,8 +304,8 @@ class TokenLoop:
             caught_up=self.scheduler.caught_up,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
-            drafted=sum(text.drafted for text in self.texts.rows),
-            accepted=sum(text.accepted for text in self.texts.rows),
+            drafted=sum(length.drafted for length in draft_lengths),
+            accepted=sum(length.accepted for length in draft_lengths),
             audit=self._auditor.result(len(depths)) if self._auditor else None,
             engine=self.engine,
             rows=len(self.texts.rows),

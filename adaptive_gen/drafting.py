@@ -1,4 +1,4 @@
-"""Lossless decoding: whether full depth confirms a draft, and how many drafts are worth making.
+"""Lossless decoding: whether full depth confirms a draft.
 
 Axes: `drafts`, `vocab`.
 """
@@ -41,39 +41,3 @@ def confirm(draft: Draft, scores: Tensor) -> int | None:
     lacking = (full - drafted).clamp_(min=0)
     # Rounding may leave nothing where the two distributions are equal.
     return int(torch.multinomial(lacking if bool(lacking.sum() > 0) else full, 1))
-
-
-class DraftLength:
-    """How many drafts to make before a deep pass, from how many have been confirmed lately.
-
-    With a chance `a` that a draft stands, k of them and a deep pass yield (1 - a^(k+1)) / (1 - a)
-    tokens and cost k * `shallow` + 1 deep passes' time; the best k is tried next. Rows that take
-    part in a deep pass are counted as free, which they nearly are while weights dominate.
-    """
-
-    def __init__(self, shallow: float, most: int):
-        """Start hopeful.
-
-        Args:
-            shallow: cost of a draft as a share of a deep pass, in (0, 1).
-            most: largest number of drafts.
-        """
-        self.shallow, self.most = shallow, most
-        self._stood, self._judged = 4.0, 5.0
-        self.length = self._best()
-
-    def observe(self, stood: int, judged: int) -> int:
-        """Take note of a verification of `judged` drafts; return the next number of drafts."""
-        # Older evidence fades: the text moves on to easier or harder passages.
-        self._stood = 0.9 * self._stood + stood
-        self._judged = 0.9 * self._judged + judged
-        self.length = self._best()
-        return self.length
-
-    def _best(self) -> int:
-        chance = min(self._stood / self._judged, 0.999)
-
-        def yield_per_cost(k: int) -> float:
-            return (1 - chance ** (k + 1)) / (1 - chance) / (k * self.shallow + 1)
-
-        return max(range(1, self.most + 1), key=yield_per_cost)

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .drafting import Draft, DraftLength
+from .drafting import Draft
+from .engine.drafts import DraftLength
 from .report import Step
 
 
@@ -32,7 +33,6 @@ class Text:
         self.scores: list[Tensor] = []  # processed, [1, vocab] each, when asked for
         self.logits: list[Tensor] = []  # as read out, [1, vocab] each, when asked for
         self.finished = False
-        self.drafted = self.accepted = 0
 
 
 class Texts:

@@ -12,7 +12,7 @@ from test_batches import Uneven, padded, wrapped
 
 import adaptive_gen
 from adaptive_gen import FixedExit
-from adaptive_gen.drafting import DraftLength
+from adaptive_gen.engine.drafts import DraftLength
 
 GREEDY = {"max_new_tokens": 48, "do_sample": False}
 LOSSLESS = {"adaptive": True, "lossless": True, "return_dict_in_generate": True}

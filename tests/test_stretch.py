@@ -162,6 +162,54 @@ def test_texts_grow_beyond_what_there_was_room_for(tiny_llama, stretches, monkey
     assert_same(ours, decoded(model, threshold=0.01, max_new_tokens=300))
 
 
+def lossless(model, **kwargs):
+    return decoded(model, lossless=True, **kwargs)
+
+
+def assert_same_drafts(ours, theirs):
+    assert_same(ours, theirs)
+    reports = ours.report, theirs.report
+    assert len({(report.drafted, report.accepted) for report in reports}) == 1
+    assert ours.report.drafted > 0
+
+
+@pytest.mark.parametrize("queue_cap", [1, 3, 16])
+@pytest.mark.parametrize("threshold", [0.0, 0.005, 0.02])
+def test_drafts_are_made_and_judged_as_the_scheduler_does(
+    tiny_llama, stretches, threshold, queue_cap
+):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=queue_cap)
+    ours = lossless(model, threshold=threshold)
+    assert sum(stretches) == 39
+    assert ours.report.accepted < ours.report.drafted
+    stretches.off()
+    assert_same_drafts(ours, lossless(model, threshold=threshold))
+    assert ours.sequences.tolist() == decoded(model, threshold=1.0).sequences.tolist()
+
+
+def test_drafts_that_all_stand_are_kept(tiny_llama, stretches):
+    """Layers behind the first exit that add nothing let every draft stand."""
+    model = tiny_llama(eos_token_id=None)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+    ours = lossless(wrapped(model, queue_cap=12), policy=FixedExit(2), max_new_tokens=90)
+    assert ours.report.accepted == ours.report.drafted and ours.report.deep_passes < 20
+    stretches.off()
+    assert_same_drafts(ours, lossless(model, policy=FixedExit(2), max_new_tokens=90))
+
+
+@pytest.mark.parametrize("length", range(2, 12))
+def test_a_lossless_text_may_end_with_a_draft_or_full_depths_own(tiny_llama, stretches, length):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    text = decoded(model, threshold=1.0).sequences[0, 7:].tolist()
+    for kwargs in ({"max_new_tokens": length}, {"eos_token_id": text[length]}):
+        with pytest.MonkeyPatch.context() as patch:
+            ours = lossless(model, threshold=0.005, **kwargs)
+            patch.setattr(Backend, "stretch", lambda *_: None)
+            assert_same(ours, lossless(model, threshold=0.005, **kwargs))
+
+
 OTHERWISE = {
     "a policy of one's own": {"policy": dataclasses.make_dataclass("Own", [], namespace={
         "may_exit": lambda *_: True, "should_exit": lambda *_: True})()},
@@ -171,7 +219,7 @@ OTHERWISE = {
     "processors": {"repetition_penalty": 1.1, "threshold": 0.01},
     "lazy prefill": {"prefill": "lazy", "threshold": 0.01},
     "audit": {"audit": True, "threshold": 0.01},
-    "lossless": {"lossless": True, "threshold": 0.01},
+    "lossless and sampling": {"lossless": True, "threshold": 0.01, "do_sample": True},
     "a time limit": {"max_time": 1000.0, "threshold": 0.01},
 }  # fmt: skip
 

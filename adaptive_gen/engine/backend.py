@@ -20,6 +20,7 @@ from .compiled import (
     Desk,
     prepared,
 )
+from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked
 from .graphs import GraphReadout, Graphs, SummedConfidences
@@ -27,7 +28,7 @@ from .int8 import quantised, quantised_readout
 from .recorder import Direct
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
-from .stretch import Stretch, unfit
+from .stretch import LosslessStretch, Stretch, unfit
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
@@ -197,13 +198,19 @@ class Backend:
             return CompiledConfidences(confidences)
         return confidences
 
-    def stretch(self, scheduler: Scheduler) -> Stretch | None:
-        """What decodes a text in stretches, of the latest segments, if that can be done."""
+    def stretch(self, scheduler: Scheduler, drafts: DraftLength | None = None) -> Stretch | None:
+        """What decodes a text in stretches, of the latest segments, if that can be done.
+
+        Args:
+            scheduler: of that text alone.
+            drafts: how many tokens may leave before a deep pass must confirm them; None: those that
+                leave need not be confirmed.
+        """
         if not self.name.startswith("compiled") or unfit(scheduler):
             return None
-        found = Stretch(scheduler)
-        if self._signatures.get("stretch") != self.name:
-            self._signatures["stretch"] = self.name
+        found = LosslessStretch(scheduler, drafts) if drafts else Stretch(scheduler)
+        if self._signatures.get(type(found).__name__) != self.name:
+            self._signatures[type(found).__name__] = self.name
             clock = time.perf_counter()
             found.run(0, 0, frozenset())
             self._compile_s += time.perf_counter() - clock

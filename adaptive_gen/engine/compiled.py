@@ -48,6 +48,14 @@ def decode_kernel() -> Any:
     return decode
 
 
+@lru_cache
+def lossless_kernel() -> Any:
+    """`kernels.lossless`; see `_kernels`."""
+    from ..kernels import lossless
+
+    return lossless
+
+
 def unfit(model: FusedModel) -> str:
     """Why a prepared model cannot be run by compiled code; empty if it can."""
     if find_spec("numba") is None:

@@ -17,6 +17,7 @@ from ..confidence import GATE
 from ..policy import ByThreshold
 from . import compiled
 from .compiled import CompiledConfidences, CompiledReadout, CompiledSegment, Desk
+from .drafts import DraftLength
 from .fusing import gain
 from .scheduler import Scheduler
 
@@ -36,33 +37,34 @@ class Emitted(NamedTuple):
 class Stretch:
     """Decodes the text of a scheduler that has one row and is past its prompt."""
 
+    _rows_read = 1  # hidden states to read out at once
+
     def __init__(self, scheduler: Scheduler):
         """Prepare what stays the same; `unfit` must have found no reason not to."""
         self._scheduler, first = scheduler, scheduler.segments[0]
         readout, rules = scheduler.readout, scheduler.rules
         assert isinstance(first, CompiledSegment) and isinstance(readout, CompiledReadout)
-        self._model = model = first.model
+        self._compiled = model = first.model
         self._like = like = model.fused.qk_floor
         sizes = model.fused.sizes
         # A queue holds at most `queue_cap` tokens when a block comes through it.
-        room = 1 + rules.queue_cap * scheduler.last
-        self._desk = Desk(sizes, like, room)
+        self._room = 1 + rules.queue_cap * scheduler.last
+        self._desk = Desk(sizes, like, self._room)
         width = self._desk.x.shape[1]
-        queues = like.new_zeros(scheduler.last + 1, 1, room, width)
+        queues = like.new_zeros(scheduler.last + 1, 1, self._room, width)
         self._queues, self._waiting = queues[..., : sizes.hidden], queues[:, 0].numpy()
-        self._places = np.zeros((room, 2), np.int64)
-        self._bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
+        self._places = np.zeros((self._room, 2), np.int64)
         layers = model.weights, model.scales, model.biases, model.floors, model.windows
         embedding = scheduler.decoder.plain_embedding
         assert embedding is not None
         panels = readout.panels
-        logits = np.zeros((1, panels.shape[0] * panels.shape[2]), _dtype(like))
-        normed = np.zeros((1, sizes.hidden), logits.dtype)
+        logits = np.zeros((self._rows_read, panels.shape[0] * panels.shape[2]), _dtype(like))
+        normed = np.zeros((self._rows_read, sizes.hidden), logits.dtype)
         head = panels, readout.scale, readout.floor, normed, logits, readout.vocab
-        self._fixed = embedding.weight.detach().numpy(), layers, head, self._gate(), self._bounds
+        bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
+        self._model = embedding.weight.detach().numpy(), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
-        propagate = int(rules.kv == "propagate")
-        self._rules = compiled.decode_kernel().MEASURES.index(measure), rules.queue_cap, propagate
+        self._measure = compiled.decode_kernel().MEASURES.index(measure)
         self._least: dict[tuple[int, float], float] = {}
         self._pace = 1
 
@@ -70,7 +72,7 @@ class Stretch:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
         scheduler = self._scheduler
         gate = scheduler.confidences.gate if scheduler.confidences.measure == GATE else None
-        hidden, dtype = self._model.fused.sizes.hidden, _dtype(self._like)
+        hidden, dtype = self._compiled.fused.sizes.hidden, _dtype(self._like)
         weights, biases = np.zeros((scheduler.last, hidden), dtype), np.zeros(scheduler.last, dtype)
         if gate is not None and scheduler.decoder.plain_readout is not None:
             factor = gain(scheduler.decoder.plain_readout[0]).detach()
@@ -93,49 +95,46 @@ class Stretch:
         """
         scheduler, cache = self._scheduler, self._scheduler.cache
         count = int(min(most, self._pace))
-        sizes, starts = self._model.fused.sizes, [s.start for s in scheduler.segments]
+        room = int(min(most, count + self._surplus))
+        sizes, starts = self._compiled.fused.sizes, [s.start for s in scheduler.segments]
         lengths = np.array([cache.lengths[start][0] for start in starts])
-        stop = int(lengths[0]) + count
+        stop = int(lengths[0]) + room
         memory = cache.memory(stop, self._like, sizes.kv_heads, sizes.head_dim)
         cache.pair(True)
         turns = self._desk.turns_until(scheduler.decoder.positions, self._like, stop)
         desk = self._desk.x, self._places, turns, self._desk.buffers(stop)
-        asked, least = self._thresholds(scheduler.rows[0].position + 1, count)
         for queue, buffer in zip(scheduler.queues, self._queues, strict=True):
             queue.wait_in(buffer)
         waiting = np.array([queue.counts[0] for queue in scheduler.queues])
         tallies = np.zeros(3, np.int64)
-        tokens, exits = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        confidences = np.zeros(count)
+        state = self._desk.memory(memory), self._waiting, waiting, lengths, tallies
+        asking = (*self._thresholds(scheduler.rows[0].position + 1, room), self._measure)
+        results = np.zeros(room, np.int64), np.zeros(room, np.int64), np.full(room, math.nan)
         clock = time.perf_counter()
-        done = compiled.decode_kernel().decode(
-            token,
-            np.array([*ends], np.int64),
-            *self._fixed,
-            self._desk.memory(memory),
-            desk,
-            self._waiting,
-            waiting,
-            lengths,
-            asked,
-            least,
-            self._rules,
-            tallies,
-            tokens,
-            exits,
-            confidences,
-        )
+        stops = np.array([*ends], np.int64)
+        done = self._decode(token, stops, count, self._model, desk, state, asking, results)
         if done:
             each = (time.perf_counter() - clock) / done
             self._pace = max(1, min(MOST, int(SECONDS / each)))
         scheduler.go_on(done, lengths.tolist(), waiting.tolist(), tallies.tolist())
-        return self._emitted(tokens[:done].tolist(), exits[:done].tolist(), confidences.tolist())
+        return self._emitted(*(result[:done].tolist() for result in results))
+
+    @property
+    def _surplus(self) -> int:
+        """Tokens that may be decoded beyond those asked for."""
+        return 0
+
+    def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
+        """Call the kernel; see `kernels.decode`."""
+        rules = self._scheduler.rules
+        propagate = int(rules.kv == "propagate")
+        return compiled.decode_kernel().decode(token, ends, rules.queue_cap, propagate, *args)
 
     def _emitted(
         self, tokens: list[int], exits: list[int], confidences: list[float]
     ) -> list[Emitted]:
         scheduler, found = self._scheduler, []
-        for token, index, raw in zip(tokens, exits, confidences, strict=False):
+        for token, index, raw in zip(tokens, exits, confidences, strict=True):
             exit_layer, confidence = scheduler.segments[index].stop, math.nan
             if index < scheduler.last:
                 confidence = scheduler.confidences.calibrated(raw, exit_layer)
@@ -162,6 +161,34 @@ class Stretch:
         return self._least[key]
 
 
+class LosslessStretch(Stretch):
+    """A stretch in which tokens that leave early are drafts, and full depth has the last word."""
+
+    _rows_read = 8
+
+    def __init__(self, scheduler: Scheduler, drafts: DraftLength):
+        """Prepare.
+
+        Args:
+            scheduler: nothing waits in its queues.
+            drafts: how many are worth making; learns from what becomes of them.
+        """
+        super().__init__(scheduler)
+        self._drafts = drafts
+
+    @property
+    def _surplus(self) -> int:
+        return self._room  # the drafts of one deep pass, and the token that it chooses itself
+
+    def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
+        drafts, (row,) = self._drafts, self._scheduler.rows
+        done = compiled.lossless_kernel().decode(
+            token, ends, count, drafts.shallow, drafts.most, drafts.record, *args
+        )
+        row.cap, row.drafts = drafts.length, 0
+        return done
+
+
 def _dtype(like: torch.Tensor) -> Any:
     """The numpy dtype of a tensor."""
     return like.numpy().dtype
@@ -182,8 +209,6 @@ def unfit(scheduler: Scheduler) -> str:
     reads = getattr(policy, "confidence", None)
     if not isinstance(policy, ByThreshold) or reads not in (None, confidences.measure):
         return "its policy asks for more than one confidence"
-    if scheduler.rules.read_drafts:
-        return "deep passes read out what they catch up"
     if scheduler.rules.prefill != "full":
         return "its prompt may wait in the queues"
     if not scheduler.decoder.positions.tabled:

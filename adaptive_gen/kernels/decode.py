@@ -4,6 +4,23 @@ It keeps the rules of `engine.scheduler` for a single greedy row, and the same s
 front of each segment, and how many tokens each layer holds. What decides an exit is a table of
 thresholds, worked out beforehand for every position.
 
+What belongs together travels together:
+
+- `model`: embedding [vocab, hidden]; weights, scales, biases, floors and windows of the layers, see
+  `cpu.run_layers`; panels, scale and floor of `cpu.read_out`, normed [1, hidden], logits [rows,
+  vocab in whole panels] and how many of these are tokens; the gates' weights [exits, hidden], for
+  what `cpu.norm` gives, and biases [exits]; layers that have run before each segment, and all of
+  them, [segments + 1].
+- `desk`: hidden states [room, hidden in whole panels]; places [room, 2]; turns of every position;
+  buffers of `cpu.run_layers`. `room` is that of a block which catches up.
+- `state`, which changes: keys and values, see `cpu.run_layers`, with room for all tokens; what
+  waits in front of each segment, [segments, room, hidden in whole panels], and how much,
+  [segments]; tokens that each segment's layers hold, [segments]; tallies [3].
+- `asking`: whether an exit is checked, for each new token, [tokens, exits]; the raw confidence it
+  is left with, [tokens, exits]; the measure as an index of `MEASURES`.
+- `results`, which get the new tokens, the segment after which each was read out, and the raw
+  confidences of those that left early, [tokens] each.
+
 Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 """
 
@@ -37,6 +54,30 @@ def _gate(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
 
 
 @compiled
+def read(newest: Any, head: Any) -> Any:
+    """The summary of what a hidden state [1, hidden] says."""
+    panels, scale, floor, normed, logits, vocab = head
+    read_out(newest, floor, panels, scale, normed, logits[:1])
+    return summary(logits[0, :vocab])
+
+
+@compiled
+def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
+    """The raw confidence after segment s, and the token if token i of the text leaves there.
+
+    A token of -1 goes on.
+    """
+    _, _, head, gate, _ = model
+    _, least, measure = asking
+    if measure == 3:
+        raw = _gate(newest, head[2], gate[0][s], gate[1][s], head[3])
+        return raw, int(read(newest, head)[2]) if raw >= least[i, s] else -1
+    found = read(newest, head)
+    raw = _measured(found, head[5], measure)
+    return raw, int(found[2]) if raw >= least[i, s] else -1
+
+
+@compiled
 def _place(place: Any, start: int, count: int) -> None:
     """Tokens of the first row from position `start` on."""
     for i in range(count):
@@ -44,30 +85,66 @@ def _place(place: Any, start: int, count: int) -> None:
 
 
 @compiled
-def _store(
-    s: int,
-    count: int,
-    desk: Any,
-    kv: Any,
-    layers: Any,
-    bounds: Any,
-    waiting: Any,
-    counts: Any,
-    lengths: Any,
-    tallies: Any,
-) -> None:
-    """Propagate the first `count` tokens of the desk through segment s, into the next queue."""
+def wait(s: int, block: int, x: Any, state: Any) -> None:
+    """Put the first `block` tokens of the desk in front of segment s."""
+    _, waiting, counts, _, _ = state
+    for i in range(block):
+        waiting[s, counts[s] + i] = x[i]
+    counts[s] += block
+
+
+@compiled
+def take(s: int, x: Any, state: Any) -> int:
+    """Lay all that waits in front of segment s on the desk; returns how much it is."""
+    _, waiting, counts, _, _ = state
+    block = counts[s]
+    for i in range(block):
+        x[i] = waiting[s, i]
+    counts[s] = 0
+    return block
+
+
+@compiled
+def run(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
+    """Run segment s on the first `block` tokens of the desk."""
     x, place, turns, buffers = desk
-    weights, scales, biases, floors, _ = layers
-    width, at = buffers[0].shape[1], lengths[s]
+    kv, _, _, lengths, tallies = state
+    weights, scales, biases, floors, windows = model[1]
+    bounds, at = model[4], lengths[s]
+    _place(place, at, block)
+    run_layers(
+        bounds[s],
+        bounds[s + 1],
+        x,
+        place[:block],
+        turns[at : at + block],
+        kv,
+        weights,
+        scales,
+        biases,
+        floors,
+        windows,
+        buffers,
+    )
+    lengths[s] += block
+    tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
+
+
+@compiled
+def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
+    """Propagate the first `block` tokens of the desk through segment s, into the next queue."""
+    x, place, turns, buffers = desk
+    kv, _, _, lengths, tallies = state
+    weights, scales, biases, floors, _ = model[1]
+    bounds, at = model[4], lengths[s]
     heads = weights[1].shape[2] // kv.shape[5]
-    _place(place, at, count)
+    _place(place, at, block)
     store_layers(
         bounds[s],
         bounds[s + 1],
         x,
-        place[:count],
-        turns[at : at + count],
+        place[:block],
+        turns[at : at + block],
         kv,
         weights[0],
         scales[0],
@@ -77,138 +154,111 @@ def _store(
         heads,
         buffers,
     )
-    lengths[s] += count
+    lengths[s] += block
     if s + 1 < len(lengths):
-        for i in range(count):
-            waiting[s + 1, counts[s + 1] + i, :width] = x[i, :width]
-        counts[s + 1] += count
+        wait(s + 1, block, x, state)
     else:
-        tallies[CAUGHT_UP] += count
+        tallies[CAUGHT_UP] += block
+
+
+@compiled
+def descend(
+    i: int,
+    token: int,
+    cap: int,
+    propagate: int,
+    model: Any,
+    desk: Any,
+    state: Any,
+    asking: Any,
+    results: Any,
+) -> Any:
+    """Run the text's last token, as deep as token i of the results needs.
+
+    Args:
+        i: index of the token to choose.
+        token: the one before it.
+        cap: most tokens that may wait in front of a segment.
+        propagate: 1 if skipped layers get their keys and values that way.
+        model: see above; likewise `desk`, `state`, `asking`, `results`.
+
+    Returns:
+        The token, or -1 if it went through all layers: then its hidden state is the last of a block
+        on the desk; and the length of that block.
+    """
+    x = desk[0]
+    counts, asked, (tokens, exits, confidences) = state[2], asking[0], results
+    width, last = model[0].shape[1], len(counts) - 1
+    x[0, :width] = model[0][token]
+    block = 1
+    for s in range(last):
+        if propagate and block > 1:
+            _store(s, block - 1, model, desk, state)
+            x[0] = x[block - 1]
+            block = 1
+        run(s, block, model, desk, state)
+        wait(s + 1, block, x, state)
+        if asked[i, s] and (propagate or counts[s + 1] <= cap):
+            raw, chosen = _check(i, s, x[block - 1 : block], model, asking)
+            if chosen >= 0:
+                tokens[i], exits[i], confidences[i] = chosen, s, raw
+                return chosen, block
+        block = take(s + 1, x, state)
+    if propagate and block > 1:
+        _store(last, block - 1, model, desk, state)
+        x[0] = x[block - 1]
+        block = 1
+    run(last, block, model, desk, state)
+    state[4][DEEP_PASSES] += 1
+    state[4][CAUGHT_UP] += block - 1
+    return -1, block
+
+
+@compiled
+def among(token: int, ends: Any) -> bool:
+    """Whether a token ends a text."""
+    for end in ends:
+        if token == end:
+            return True
+    return False
 
 
 @compiled
 def decode(
     token: int,
     ends: Any,
-    embedding: Any,
-    layers: Any,
-    head: Any,
-    gate: Any,
-    bounds: Any,
-    kv: Any,
+    cap: int,
+    propagate: int,
+    model: Any,
     desk: Any,
-    waiting: Any,
-    counts: Any,
-    lengths: Any,
-    asked: Any,
-    least: Any,
-    rules: Any,
-    tallies: Any,
-    tokens: Any,
-    exits: Any,
-    confidences: Any,
+    state: Any,
+    asking: Any,
+    results: Any,
 ) -> int:
     """Decode until a token ends the text, or as many as the results have room for.
 
     Args:
         token: the text's last, which has not been run.
         ends: tokens that end a text.
-        embedding: [vocab, hidden].
-        layers: weights, scales, biases, floors and windows, see `cpu.run_layers`.
-        head: panels, scale and floor of `cpu.read_out`, normed [1, hidden], logits [1, vocab in
-            whole panels], and how many of these are tokens.
-        gate: weights [exits, hidden] for what `cpu.norm` gives, and biases [exits].
-        bounds: layers that have run before each segment, and all of them, [segments + 1].
-        kv: see `cpu.run_layers`; has room for all tokens.
-        desk: hidden states [room, hidden in whole panels]; places [room, 2]; turns of every
-            position; buffers of `cpu.run_layers`. `room` is that of a block which catches up.
-        waiting: in front of each segment, [segments, room, hidden]; changed.
-        counts: of those, [segments]; changed.
-        lengths: tokens that each segment's layers hold, [segments]; changed.
-        asked: whether an exit is checked, for each new token, [tokens, exits].
-        least: the raw confidence it is left with, [tokens, exits].
-        rules: the measure as an index of `MEASURES`, `queue_cap`, and 1 for `propagate`, [3].
-        tallies: changed, [3].
-        tokens: gets the new tokens, [tokens].
-        exits: gets the segment after which each was read out, [tokens].
-        confidences: gets the raw confidences of those that left early, [tokens].
+        cap: see `descend`; likewise the rest.
+        propagate: 1 if skipped layers get their keys and values that way.
+        model: see above; likewise `desk`, `state`, `asking`, `results`.
 
     Returns:
         How many tokens it decoded.
     """
-    x, place, turns, buffers = desk
-    weights, scales, biases, floors, windows = layers
-    panels, scale, floor, normed, logits, vocab = head
-    measure, cap, propagate = rules
-    width, last = embedding.shape[1], len(lengths) - 1
+    x, counts, (tokens, exits, _) = desk[0], state[2], results
+    last = len(counts) - 1
     for i in range(len(tokens)):
-        x[0, :width] = embedding[token]
-        block = 1
-        for s in range(last + 1):
-            if propagate and block > 1:
-                _store(s, block - 1, desk, kv, layers, bounds, waiting, counts, lengths, tallies)
-                x[0, :width] = x[block - 1, :width]
-                block = 1
-            at = lengths[s]
-            _place(place, at, block)
-            run_layers(
-                bounds[s],
-                bounds[s + 1],
-                x,
-                place[:block],
-                turns[at : at + block],
-                kv,
-                weights,
-                scales,
-                biases,
-                floors,
-                windows,
-                buffers,
-            )
-            lengths[s] += block
-            tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
-            exits[i] = s
-            if s == last:
-                tallies[DEEP_PASSES] += 1
-                tallies[CAUGHT_UP] += block - 1
-                read_out(x[block - 1 : block], floor, panels, scale, normed, logits)
-                token = int(summary(logits[0, :vocab])[2])
-                break
-            for j in range(block):
-                waiting[s + 1, counts[s + 1] + j, :width] = x[j, :width]
-            counts[s + 1] += block
-            if asked[i, s] and (propagate or counts[s + 1] <= cap):
-                newest = x[block - 1 : block]
-                if measure == 3:
-                    raw = _gate(newest, floor, gate[0][s], gate[1][s], normed)
-                    leaves = raw >= least[i, s]
-                    if leaves:
-                        read_out(newest, floor, panels, scale, normed, logits)
-                        token = int(summary(logits[0, :vocab])[2])
-                else:
-                    read_out(newest, floor, panels, scale, normed, logits)
-                    found = summary(logits[0, :vocab])
-                    raw = _measured(found, vocab, measure)
-                    leaves = raw >= least[i, s]
-                    if leaves:
-                        token = int(found[2])
-                if leaves:
-                    confidences[i] = raw
-                    break
-            block = counts[s + 1]
-            for j in range(block):
-                x[j, :width] = waiting[s + 1, j, :width]
-            counts[s + 1] = 0
+        chosen, block = descend(i, token, cap, propagate, model, desk, state, asking, results)
+        if chosen < 0:
+            chosen = int(read(x[block - 1 : block], model[2])[2])
+            tokens[i], exits[i] = chosen, last
         s = exits[i] + 1
         while propagate and s <= last and counts[s] > cap:
-            block = counts[s]
-            for j in range(block):
-                x[j, :width] = waiting[s, j, :width]
-            counts[s] = 0
-            _store(s, block, desk, kv, layers, bounds, waiting, counts, lengths, tallies)
+            _store(s, take(s, x, state), model, desk, state)
             s += 1
-        tokens[i] = token
-        for end in ends:
-            if token == end:
-                return i + 1
+        token = chosen
+        if among(token, ends):
+            return i + 1
     return len(tokens)

@@ -1,0 +1,118 @@
+"""Lossless decoding of one text, compiled: drafts, the deep pass that judges them, and again.
+
+It keeps the rules of `decoding.TokenLoop` for a single greedy row. Names and axes are those of
+`decode`; besides, `drafts` are tokens that left early and are not yet judged.
+"""
+
+from typing import Any
+
+from numba import njit
+
+from ..engine import drafts as drafting
+from .cpu import compiled, read_out, summary
+from .decode import CAUGHT_UP, among, descend, run, take, wait
+
+_observe = njit(drafting.observe, cache=True)
+_best_length = njit(drafting.best_length, cache=True)
+
+
+@compiled
+def _flush(model: Any, desk: Any, state: Any) -> int:
+    """Run all that waits through to the end; returns the length of the block on the desk."""
+    x, (_, _, counts, _, tallies) = desk[0], state
+    last, block = len(counts) - 1, 0
+    for s in range(1, last + 1):
+        block = take(s, x, state)
+        if block:
+            run(s, block, model, desk, state)
+            if s < last:
+                wait(s + 1, block, x, state)
+    tallies[CAUGHT_UP] += block
+    return block
+
+
+@compiled
+def _judge(drafted: Any, first: int, wanted: int, x: Any, head: Any) -> Any:
+    """Compare drafts with what full depth chooses.
+
+    Args:
+        drafted: the drafts, [drafts].
+        first: where hidden states begin on the desk that choose in the place of each draft.
+        wanted: how many these are; one more than drafts if a token follows them.
+        x: the desk.
+        head: of the model.
+
+    Returns:
+        How many drafts stood, and the token full depth chose in the place of the next one, or of
+        the token that follows all; -1 if all stood and none follows.
+    """
+    panels, scale, floor, normed, logits, vocab = head
+    for start in range(0, wanted, logits.shape[0]):
+        rows = min(logits.shape[0], wanted - start)
+        hidden = x[first + start : first + start + rows]
+        read_out(hidden, floor, panels, scale, normed, logits[:rows])
+        for row in range(rows):
+            token = int(summary(logits[row, :vocab])[2])
+            if start + row == len(drafted) or token != drafted[start + row]:
+                return start + row, token
+    return len(drafted), -1
+
+
+@compiled
+def decode(
+    token: int,
+    ends: Any,
+    count: int,
+    shallow: float,
+    cap: int,
+    record: Any,
+    model: Any,
+    desk: Any,
+    state: Any,
+    asking: Any,
+    results: Any,
+) -> int:
+    """Decode until a token ends the text or, with a deep pass, `count` tokens are decoded.
+
+    Args:
+        token: the text's last, which has not been run; nothing waits.
+        ends: tokens that end a text.
+        count: tokens to decode at least; the results have room for more, and the text ends with
+            the last of them.
+        shallow: of `drafting.best_length`.
+        cap: most tokens that may wait in front of a segment, however many drafts are worth it.
+        record: of `drafting.observe`; changed.
+        model: see `decode`; likewise `desk`, `state`, `asking`, `results`.
+
+    Returns:
+        How many tokens it decoded, all of which stand.
+    """
+    x, (tokens, exits, _) = desk[0], results
+    lengths = state[3]
+    last, held, done = len(lengths) - 1, lengths[0], 0
+    while done < count:
+        length = _best_length(record, shallow, cap)
+        drafts, ended = 0, False
+        while True:
+            at = done + drafts
+            token, block = descend(at, token, length, 0, model, desk, state, asking, results)
+            if token < 0:
+                break
+            drafts += 1
+            if at + 1 == len(tokens) or among(token, ends):
+                ended, block = True, _flush(model, desk, state)
+                break
+        wanted = drafts if ended else drafts + 1
+        drafted = tokens[done : done + drafts]
+        stood, token = _judge(drafted, block - wanted, wanted, x, model[2])
+        _observe(record, stood, min(drafts, stood + 1))
+        done += stood
+        if token >= 0:
+            tokens[done], exits[done] = token, last
+            done += 1
+        # The last token has not been run, and what came after a draft that fell is forgotten.
+        lengths[:] = held + done
+        if done == len(tokens) or among(tokens[done - 1], ends):
+            break
+        token = tokens[done - 1]
+    return done
