@@ -108,7 +108,7 @@ class TokenLoop:
         while self._open:
             first = any(not text.steps for text in self.texts.rows)
             if self._stretch is not None and not first:
-                steps = self._run_stretch(self._open[0])
+                steps = self._run_stretch()
             else:
                 readout = self.scheduler.step()
                 if readout is None:
@@ -142,24 +142,28 @@ class TokenLoop:
         unusual = any(extras) or settings.audit or texts.logits_processor
         return not unusual and texts.ends is not None
 
-    def _run_stretch(self, text: Text) -> list[Step]:
-        """Decode the next tokens of the only text at once."""
+    def _run_stretch(self) -> list[Step]:
+        """Decode the next tokens of all open texts at once."""
         assert self._stretch is not None and self.texts.ends is not None
-        length, ends = self.texts.ends
-        token = int(self.texts.ids[text.row, text.width - 1])
-        found = self._stretch.run(token, length - text.width, ends)
-        self.texts.extend(text, [emitted.token for emitted in found])
-        full = text.width >= length
-        steps = [Step(*emitted, emitted.token in ends) for emitted in found]
-        steps[-1] = steps[-1]._replace(last=full or steps[-1].last)
-        text.steps += steps
-        text.finished = steps[-1].last
-        if text.finished:
-            self._open = []
+        texts, (length, ends) = self._open, self.texts.ends
+        newest = [int(self.texts.ids[text.row, text.width - 1]) for text in texts]
+        room = [int(min(length - text.width, _MOST_ROOM)) for text in texts]
+        found = self._stretch.run(newest, room, ends)
+        new: list[Step] = []
+        for text, emitted in zip(texts, found, strict=True):
+            if not emitted:
+                continue
+            self.texts.extend(text, [each.token for each in emitted])
+            steps = [Step(*each, each.token in ends) for each in emitted]
+            steps[-1] = steps[-1]._replace(last=text.width >= length or steps[-1].last)
+            text.steps += steps
+            text.finished = steps[-1].last
+            new += steps
+        self._feed(texts)
         if self.streamer is not None:
-            for step in steps:
+            for step in new:
                 self.streamer.put(torch.tensor([step.token]))
-        return steps
+        return new
 
     def _settle(self, readout: Readout) -> list[Step]:
         """Turn rows that left into text and feed what comes next; return the tokens now certain."""

@@ -42,6 +42,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient():
+    """Tests say what is logged; whether kernels are compiled depends on what ran before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptive_gen.engine.compiled.PATIENCE_S", 1e6)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, whatever ran before it."""

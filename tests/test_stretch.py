@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import adaptive_gen
 from adaptive_gen.calibration import ConfidenceMap
 from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.batch import BatchStretch
 from adaptive_gen.engine.stretch import Stretch
 from adaptive_gen.gate import Gate
 from adaptive_gen.policy import DecayingThreshold, FixedExit, NeverExit, ThresholdPolicy
@@ -23,20 +24,26 @@ EXITS = (2, 4, 6)
 
 @pytest.fixture
 def stretches(monkeypatch):
-    """The number of tokens of every stretch; `off` lets the scheduler decode instead."""
+    """The tokens of every stretch, or texts; `off` lets the scheduler decode instead."""
 
     class Seen(list):
         def off(self):
             monkeypatch.setattr(Backend, "stretch", lambda *_: None)
 
-    seen, run = Seen(), Stretch.run
+    seen, run, run_batch = Seen(), Stretch.run, BatchStretch.run
 
     def spy(self, *args):
         found = run(self, *args)
+        seen.append(len(found[0]))
+        return found
+
+    def spy_on_batch(self, *args):
+        found = run_batch(self, *args)
         seen.append(len(found))
         return found
 
     monkeypatch.setattr(Stretch, "run", spy)
+    monkeypatch.setattr(BatchStretch, "run", spy_on_batch)
     return seen
 
 
@@ -208,6 +215,77 @@ def test_a_lossless_text_may_end_with_a_draft_or_full_depths_own(tiny_llama, str
             ours = lossless(model, threshold=0.005, **kwargs)
             patch.setattr(Backend, "stretch", lambda *_: None)
             assert_same(ours, lossless(model, threshold=0.005, **kwargs))
+
+
+BATCH = torch.tensor(
+    [[0, 0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [0, 0, 0, 0, 0, 11, 12], [0, 21, 3, 9, 4, 7, 7]]
+)
+
+
+def batch(model, rows=4, **kwargs):
+    settings = {"attention_mask": (BATCH[:rows] != 0).long(), "max_new_tokens": 40, **kwargs}
+    settings |= {"return_dict_in_generate": True, "adaptive": True}
+    return model.generate(BATCH[:rows], **settings)
+
+
+def assert_same_rows(ours, theirs):
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
+    torch.testing.assert_close(
+        ours.confidences, theirs.confidences, equal_nan=True, atol=1e-5, rtol=0
+    )
+    for name in ("deep_passes", "caught_up", "layers_run", "exit_histogram"):
+        assert getattr(ours.report, name) == getattr(theirs.report, name), name
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_of_a_batch_go_as_deep_as_the_scheduler_lets_them(
+    tiny_llama, stretches, schedule, policy
+):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"schedule": schedule, "policy": POLICIES[policy]}
+    ours = batch(model, **kwargs)
+    assert max(stretches) == 4  # texts at once
+    if policy == "thresholds":
+        assert len(ours.report.exit_histogram) == 3
+    stretches.off()
+    assert_same_rows(ours, batch(model, **kwargs))
+
+
+@pytest.mark.parametrize("measure", ["margin", "max_prob", "entropy"])
+def test_every_measure_of_a_batch_is_the_schedulers(tiny_llama, stretches, measure):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    middle = float(batch(model, confidence=measure, policy=FixedExit(2)).confidences.nanmedian())
+    kwargs = {"confidence": measure, "threshold": {2: middle, 4: middle}}
+    ours = batch(model, **kwargs)
+    assert len(ours.report.exit_histogram) > 1
+    stretches.off()
+    assert_same_rows(ours, batch(model, **kwargs))
+
+
+def test_a_gate_reads_hidden_states_of_a_batch(tiny_llama, stretches):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    weights = {layer: torch.randn(32) * 0.3 for layer in (2, 4)}
+    state(model).gate = Gate(weights, {layer: torch.tensor(0.1) for layer in (2, 4)})
+    ours = batch(model, confidence="gate", threshold=0.6)
+    assert len(ours.report.exit_histogram) == 3
+    stretches.off()
+    assert_same_rows(ours, batch(model, confidence="gate", threshold=0.6))
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_batch_goes_on_without_the_texts_that_end(tiny_llama, stretches, row):
+    """Each of the others is, to the end, what it would be alone."""
+    model = wrapped(tiny_llama(eos_token_id=None))
+    texts = batch(model, threshold=0.01).sequences[:, 7:].tolist()
+    end = texts[row][row + 1]
+    ours = batch(model, threshold=0.01, eos_token_id=end, pad_token_id=0)
+    stretches.off()
+    assert_same_rows(ours, batch(model, threshold=0.01, eos_token_id=end, pad_token_id=0))
+    for found, text in zip(ours.sequences[:, 7:].tolist(), texts, strict=True):
+        length = text.index(end) + 1 if end in text else len(text)
+        assert found[:length] == text[:length]
 
 
 OTHERWISE = {

@@ -11,6 +11,7 @@ from ..confidence import Confidences
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
 from . import graphs
+from .batch import BatchStretch
 from .cache import KVCache
 from .compiled import (
     CompiledConfidences,
@@ -18,6 +19,7 @@ from .compiled import (
     CompiledReadout,
     CompiledSegment,
     Desk,
+    compiling,
     prepared,
 )
 from .drafts import DraftLength
@@ -199,20 +201,24 @@ class Backend:
         return confidences
 
     def stretch(self, scheduler: Scheduler, drafts: DraftLength | None = None) -> Stretch | None:
-        """What decodes a text in stretches, of the latest segments, if that can be done.
+        """What decodes texts in stretches, of the latest segments, if that can be done.
 
         Args:
-            scheduler: of that text alone.
+            scheduler: of these texts.
             drafts: how many tokens may leave before a deep pass must confirm them; None: those that
                 leave need not be confirmed.
         """
-        if not self.name.startswith("compiled") or unfit(scheduler):
+        if not self.name.startswith("compiled") or unfit(scheduler, drafts is not None):
             return None
-        found = LosslessStretch(scheduler, drafts) if drafts else Stretch(scheduler)
+        if drafts is not None:
+            found = LosslessStretch(scheduler, drafts)
+        else:
+            found = (BatchStretch if len(scheduler.rows) > 1 else Stretch)(scheduler)
         if self._signatures.get(type(found).__name__) != self.name:
             self._signatures[type(found).__name__] = self.name
             clock = time.perf_counter()
-            found.run(0, 0, frozenset())
+            with compiling():
+                found.run([0] * len(scheduler.rows), [0] * len(scheduler.rows), frozenset())
             self._compile_s += time.perf_counter() - clock
         return found
 

@@ -6,8 +6,11 @@ decoding step, which is where calls between operations and products of few rows 
 Axes: `rows`, `time`, `hidden`, `layers`, `tokens` (of all rows, without filling).
 """
 
+import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -29,7 +32,27 @@ PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
 MOST_TOKENS = 16  # of a block for which the kernels are quicker than general products
 _TRIALS = 5
 _DOUBT = 1.1  # noise in a trial's ratio, which must not change a machine's choice from run to run
+PATIENCE_S = 3.0  # what a first run of compiled code may take before somebody is told why
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
+
+
+log = logging.getLogger("adaptive_gen")
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say what takes so long, should this be the first time on a machine that code is run."""
+    told = threading.Timer(
+        PATIENCE_S,
+        log.warning,
+        ["compiling decoding kernels for this CPU: it takes up to a minute, once on a machine."],
+    )
+    told.daemon = True
+    told.start()
+    try:
+        yield
+    finally:
+        told.cancel()
 
 
 @lru_cache
@@ -46,6 +69,14 @@ def decode_kernel() -> Any:
     from ..kernels import decode
 
     return decode
+
+
+@lru_cache
+def batch_kernel() -> Any:
+    """`kernels.batch`; see `_kernels`."""
+    from ..kernels import batch
+
+    return batch
 
 
 @lru_cache
@@ -307,8 +338,9 @@ def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None,
     made = CompiledModel.of(model)
     clock = time.perf_counter()
     ways = _ways(made)
-    for way in ways:
-        way()
+    with compiling():
+        for way in ways:
+            way()
     seconds = time.perf_counter() - clock
     if if_quicker:
         trials = [[_timed(way) for way in ways] for _ in range(_TRIALS)]

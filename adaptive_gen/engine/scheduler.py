@@ -63,7 +63,7 @@ class Scheduler:
         self.deep_passes = 0  # runs of the last segment while decoding
         self.caught_up = 0  # pending tokens that got the last segment's K/V
         self.layers_run = 0  # while decoding: layers whose weights were read, over all passes
-        self._shallow = 0  # runs of segment 0 since the deeper ones had their turn
+        self.shallow = 0  # runs of segment 0 since the deeper ones had their turn
 
     @property
     def last(self) -> int:
@@ -97,24 +97,30 @@ class Scheduler:
             row.position += 1
 
     def go_on(
-        self, tokens: int, lengths: list[int], waiting: list[int], tallies: list[int]
+        self,
+        positions: list[int],
+        stages: list[int],
+        lengths: list[list[int]],
+        waiting: list[list[int]],
+        tallies: list[int],
     ) -> None:
-        """Take over what `stretch.Stretch` has done to the only row.
+        """Take over what a `stretch.Stretch` has done.
 
         Args:
-            tokens: that were decoded.
-            lengths: tokens that each segment's layers hold now.
-            waiting: in front of each segment.
+            positions: of each row's newest token, see `Row`.
+            stages: likewise, where it waits.
+            lengths: tokens that each segment's layers hold now, [segments, rows].
+            waiting: in front of each segment, [segments, rows].
             tallies: layers run, deep passes and tokens caught up meanwhile.
         """
-        self.rows[0].position += tokens
-        self.rows[0].deep = False
-        for segment, queue, length, count in zip(
+        for row, position, stage in zip(self.rows, positions, stages, strict=True):
+            row.position, row.stage, row.deep, row.checks = position, stage, False, ()
+        for segment, queue, held, counts in zip(
             self.segments, self.queues, lengths, waiting, strict=True
         ):
             layers = segment.stop - segment.start
-            self.cache.lengths[segment.start : segment.stop] = [(length,)] * layers
-            queue.counts[0] = count
+            self.cache.lengths[segment.start : segment.stop] = [tuple(held)] * layers
+            queue.counts = counts
         for name, tally in zip(("layers_run", "deep_passes", "caught_up"), tallies, strict=True):
             setattr(self, name, getattr(self, name) + tally)
 
@@ -170,9 +176,9 @@ class Scheduler:
         """The shallowest segment a newest token waits in front of, the first not too often."""
         stages = {row.stage for row in self.rows} - {-1}
         deeper = stages - {0}
-        if deeper and (0 not in stages or self._shallow >= self.rules.shallow_passes):
+        if deeper and (0 not in stages or self.shallow >= self.rules.shallow_passes):
             return min(deeper)
-        self._shallow = self._shallow + 1 if deeper else 1
+        self.shallow = self.shallow + 1 if deeper else 1
         return 0
 
     def _advance(self, index: int, rows: tuple[int, ...]) -> tuple[Tensor, list[int]]:

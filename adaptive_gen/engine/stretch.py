@@ -1,8 +1,9 @@
-"""Stretches: many tokens of one text in one call of compiled code.
+"""Stretches: many tokens in one call of compiled code.
 
-The scheduler asks and queues between segments, in Python, for every mode there is. Where a text is
-alone, greedy, and its exits hang on thresholds, the same rules run in `kernels.decode`, on the
+The scheduler asks and queues between segments, in Python, for every mode there is. Where texts are
+greedy and their exits hang on thresholds, the same rules run in `kernels.decode`, on the
 scheduler's own queues and cache: it can go on from there at any token, and neither can tell.
+Lossless texts have `kernels.lossless`, and batches `kernels.batch` (`batch.BatchStretch`).
 """
 
 import math
@@ -16,7 +17,13 @@ from torch import nn
 from ..confidence import GATE
 from ..policy import ByThreshold
 from . import compiled
-from .compiled import CompiledConfidences, CompiledReadout, CompiledSegment, Desk
+from .compiled import (
+    MOST_TOKENS,
+    CompiledConfidences,
+    CompiledReadout,
+    CompiledSegment,
+    Desk,
+)
 from .drafts import DraftLength
 from .fusing import gain
 from .scheduler import Scheduler
@@ -35,7 +42,10 @@ class Emitted(NamedTuple):
 
 
 class Stretch:
-    """Decodes the text of a scheduler that has one row and is past its prompt."""
+    """Decodes the text of a scheduler that has one row and is past its prompt.
+
+    What several rows need (`batch.BatchStretch`) is prepared here as well.
+    """
 
     _rows_read = 1  # hidden states to read out at once
 
@@ -47,13 +57,14 @@ class Stretch:
         self._compiled = model = first.model
         self._like = like = model.fused.qk_floor
         sizes = model.fused.sizes
-        # A queue holds at most `queue_cap` tokens when a block comes through it.
-        self._room = 1 + rules.queue_cap * scheduler.last
-        self._desk = Desk(sizes, like, self._room)
+        # A queue holds at most `queue_cap` tokens of a row when a block comes through it.
+        self._room, rows = 1 + rules.queue_cap * scheduler.last, len(scheduler.rows)
+        self._desk = Desk(sizes, like, rows * self._room)
         width = self._desk.x.shape[1]
-        queues = like.new_zeros(scheduler.last + 1, 1, self._room, width)
-        self._queues, self._waiting = queues[..., : sizes.hidden], queues[:, 0].numpy()
-        self._places = np.zeros((self._room, 2), np.int64)
+        queues = like.new_zeros(scheduler.last + 1, rows, self._room, width)
+        self._queues, self._waiting = queues[..., : sizes.hidden], queues.numpy()
+        self._views: list[torch.Tensor] = []  # of the queues, for the rows there are
+        self._places = np.zeros((rows * self._room, 2), np.int64)
         layers = model.weights, model.scales, model.biases, model.floors, model.windows
         embedding = scheduler.decoder.plain_embedding
         assert embedding is not None
@@ -82,42 +93,68 @@ class Stretch:
                     biases[i] = float(gate.biases[segment.stop])
         return weights, biases
 
-    def run(self, token: int, most: float, ends: frozenset[int]) -> list[Emitted]:
+    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Emitted]]:
         """Decode some tokens.
 
         Args:
-            token: the text's last, which has not been run.
-            most: tokens to decode.
-            ends: tokens that end the text.
+            tokens: each text's last, which has not been run.
+            most: tokens to decode of each text.
+            ends: tokens that end a text.
 
         Returns:
-            At least one, unless `most` is 0; the last of them may have ended the text.
+            For each text at least one, unless `most` is 0; the last of them may have ended it.
         """
-        scheduler, cache = self._scheduler, self._scheduler.cache
-        count = int(min(most, self._pace))
-        room = int(min(most, count + self._surplus))
-        sizes, starts = self._compiled.fused.sizes, [s.start for s in scheduler.segments]
-        lengths = np.array([cache.lengths[start][0] for start in starts])
-        stop = int(lengths[0]) + room
-        memory = cache.memory(stop, self._like, sizes.kv_heads, sizes.head_dim)
-        cache.pair(True)
-        turns = self._desk.turns_until(scheduler.decoder.positions, self._like, stop)
-        desk = self._desk.x, self._places, turns, self._desk.buffers(stop)
-        for queue, buffer in zip(scheduler.queues, self._queues, strict=True):
-            queue.wait_in(buffer)
-        waiting = np.array([queue.counts[0] for queue in scheduler.queues])
-        tallies = np.zeros(3, np.int64)
-        state = self._desk.memory(memory), self._waiting, waiting, lengths, tallies
-        asking = (*self._thresholds(scheduler.rows[0].position + 1, room), self._measure)
+        scheduler, (row,) = self._scheduler, self._scheduler.rows
+        count = min(*most, self._pace)
+        room = min(*most, count + self._surplus)
+        lengths = self._lengths()[:, 0].copy()
+        memory, turns, buffers = self._room_until(int(lengths[0]) + room)
+        waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)
+        asking = (*self._thresholds(row.position + 1, room), self._measure)
         results = np.zeros(room, np.int64), np.zeros(room, np.int64), np.full(room, math.nan)
         clock = time.perf_counter()
-        stops = np.array([*ends], np.int64)
-        done = self._decode(token, stops, count, self._model, desk, state, asking, results)
-        if done:
-            each = (time.perf_counter() - clock) / done
-            self._pace = max(1, min(MOST, int(SECONDS / each)))
-        scheduler.go_on(done, lengths.tolist(), waiting.tolist(), tallies.tolist())
-        return self._emitted(*(result[:done].tolist() for result in results))
+        done = self._decode(
+            tokens[0],
+            np.array([*ends], np.int64),
+            count,
+            self._model,
+            (self._desk.x, self._places, turns, buffers),
+            (memory, self._waiting[:, 0], waiting, lengths, tallies),
+            asking,
+            results,
+        )
+        self._keep_pace(time.perf_counter() - clock, done)
+        state = lengths[:, None].tolist(), waiting[:, None].tolist(), tallies.tolist()
+        scheduler.go_on([row.position + done], [-1], *state)
+        return [self._emitted(*(result[:done].tolist() for result in results))]
+
+    def _lengths(self) -> Any:
+        """Tokens of each row that each segment's layers hold, [segments, rows]."""
+        lengths = self._scheduler.cache.lengths
+        return np.array([lengths[segment.start] for segment in self._scheduler.segments])
+
+    def _room_until(self, stop: int) -> tuple[Any, Any, Any]:
+        """Keys and values, turns and buffers for positions below `stop`."""
+        cache, sizes = self._scheduler.cache, self._compiled.fused.sizes
+        memory = cache.memory(stop, self._like, sizes.kv_heads, sizes.head_dim)
+        cache.pair(True)
+        positions = self._scheduler.decoder.positions
+        turns = self._desk.turns_until(positions, self._like, stop)
+        return self._desk.memory(memory), turns, self._desk.buffers(stop)
+
+    def _in_front(self) -> Any:
+        """Let the scheduler's queues wait in ours; returns how much waits, [segments, rows]."""
+        queues, rows = self._scheduler.queues, len(self._scheduler.rows)
+        if not self._views or len(self._views[0]) != rows:
+            self._views = [queue[:rows] for queue in self._queues]
+        for queue, view in zip(queues, self._views, strict=True):
+            queue.wait_in(view)
+        return np.array([queue.counts for queue in queues])
+
+    def _keep_pace(self, seconds: float, tokens: int) -> None:
+        """Choose how many tokens come next from how long the last ones took."""
+        if tokens:
+            self._pace = max(1, min(MOST, int(SECONDS * tokens / seconds)))
 
     @property
     def _surplus(self) -> int:
@@ -194,12 +231,14 @@ def _dtype(like: torch.Tensor) -> Any:
     return like.numpy().dtype
 
 
-def unfit(scheduler: Scheduler) -> str:
-    """Why a scheduler's text cannot be decoded in stretches; empty if it can."""
+def unfit(scheduler: Scheduler, lossless: bool) -> str:
+    """Why a scheduler's texts cannot be decoded in stretches; empty if they can."""
     confidences, policy = scheduler.confidences, scheduler.policy
     embedding = scheduler.decoder.plain_embedding
-    if len(scheduler.rows) > 1:
-        return "it is one of a batch"
+    if len(scheduler.rows) > MOST_TOKENS:
+        return f"it is one of more than {MOST_TOKENS}"
+    if len(scheduler.rows) > 1 and (scheduler.rules.kv, lossless) != ("recompute", False):
+        return "texts that propagate, or draft, are decoded in stretches only when alone"
     if not (
         all(isinstance(segment, CompiledSegment) for segment in scheduler.segments)
         and isinstance(scheduler.readout, CompiledReadout)

@@ -34,7 +34,7 @@ MEASURES = ("margin", "max_prob", "entropy", "gate")
 
 
 @compiled
-def _measured(found: Any, vocab: int, measure: int) -> float:
+def measured(found: Any, vocab: int, measure: int) -> float:
     """A measure of a summary, as `confidence.of_summary` has it."""
     top, second, _, total, entropy = found
     if measure == 2:
@@ -44,7 +44,7 @@ def _measured(found: Any, vocab: int, measure: int) -> float:
 
 
 @compiled
-def _gate(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
+def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
     """A probe's confidence in the first hidden state of x [1, hidden in whole panels]."""
     norm(x, floor, normed, 1)
     total = weight.dtype.type(0)
@@ -70,10 +70,10 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     _, _, head, gate, _ = model
     _, least, measure = asking
     if measure == 3:
-        raw = _gate(newest, head[2], gate[0][s], gate[1][s], head[3])
+        raw = gate_of(newest, head[2], gate[0][s], gate[1][s], head[3])
         return raw, int(read(newest, head)[2]) if raw >= least[i, s] else -1
     found = read(newest, head)
-    raw = _measured(found, head[5], measure)
+    raw = measured(found, head[5], measure)
     return raw, int(found[2]) if raw >= least[i, s] else -1
 
 
