@@ -104,7 +104,7 @@ class Confidences:
         if measure == GATE and gate is None:
             raise OptionError(
                 "confidence='gate' needs a trained gate and this model's calibration has none; "
-                "run `calibrate gate`, or use another measure."
+                "run `calibrate run --confidence gate`, or use another measure."
             )
         self.measure, self.maps, self.gate = measure, maps or {}, gate
 

@@ -1,9 +1,10 @@
 """The gate: a confidence read off the hidden state, without the LM head.
 
-One logistic probe per exit layer, fitted by `calibrate gate` and stored beside calibration.json as
+One logistic probe per exit layer, fitted by `calibrate run` and stored beside calibration.json as
 `gate.safetensors`: `weight.{exit_layer}` [hidden] and `bias.{exit_layer}` [], float32.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,12 +39,12 @@ class Gate:
         if not weights or set(weights) != set(biases) or not scalar:
             raise CalibrationError(
                 "a gate needs a weight and a bias for each of its exit layers. "
-                "Run `calibrate gate` to make it anew."
+                "Run `calibrate run --confidence gate` to make it anew."
             )
         if len(widths) > 1 or any(len(width) != 1 for width in widths):
             raise CalibrationError(
                 f"the weights of a gate have the shapes {sorted(widths)}; all must be [hidden]. "
-                "Run `calibrate gate` to make it anew."
+                "Run `calibrate run --confidence gate` to make it anew."
             )
         self.weights = {layer: w.float() for layer, w in weights.items()}
         self.biases = {layer: b.float() for layer, b in biases.items()}
@@ -74,7 +75,8 @@ class Gate:
         if exit_layer not in self.weights:
             raise OptionError(
                 f"the gate has no probe for exit layer {exit_layer}; it has "
-                f"{', '.join(map(str, self.exit_layers))}. Run `calibrate gate` with that exit."
+                f"{', '.join(map(str, self.exit_layers))}. Run `calibrate run --confidence gate` "
+                "with that exit."
             )
         weight = self.weights[exit_layer]
         if weight.device != hidden.device:
@@ -82,17 +84,29 @@ class Gate:
             self.biases[exit_layer] = self.biases[exit_layer].to(hidden.device)
         return torch.sigmoid(hidden.float() @ weight + self.biases[exit_layer])
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `gate.safetensors` into the model `directory`, whole or not at all.
+    @property
+    def digest(self) -> str:
+        """Names the gate by its weights."""
+        return hashlib.sha256(self._bytes()).hexdigest()[:16]
+
+    def _bytes(self) -> bytes:
+        named = {f"weight.{layer}": w.cpu().contiguous() for layer, w in self.weights.items()}
+        named |= {f"bias.{layer}": b.cpu() for layer, b in self.biases.items()}
+        return to_bytes(named)
+
+    def save(self, directory: str | os.PathLike[str], option: str = "--out") -> Path:
+        """Write `gate.safetensors` into `directory`, whole or not at all.
+
+        Args:
+            directory: of the model.
+            option: what names it on the command line.
 
         Raises:
             OutputError: the directory cannot be written.
         """
         path = Path(directory) / FILE_NAME
-        named = {f"weight.{layer}": w.cpu().contiguous() for layer, w in self.weights.items()}
-        named |= {f"bias.{layer}": b.cpu() for layer, b in self.biases.items()}
-        with whole(path, "--out", "wb") as file:
-            file.write(to_bytes(named))
+        with whole(path, option, "wb") as file:
+            file.write(self._bytes())
         return path
 
     @classmethod
@@ -114,6 +128,6 @@ class Gate:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CalibrationError(
                 f"{path} is no readable gate ({type(error).__name__}). "
-                "Run `calibrate gate` to make it."
+                "Run `calibrate run --confidence gate` to make it."
             ) from None
         return cls(parts["weight"], parts["bias"])

@@ -11,6 +11,7 @@ import torch
 from . import calibration as artefact
 from . import exits
 from . import gate as gates
+from .confidence import GATE
 from .decoder import Decoder, probe
 from .engine.backend import Backend
 from .engine.rules import QUEUE_CAP
@@ -154,6 +155,8 @@ def _compare_fingerprint(model: Any, tokenizer: Any = None) -> None:
     made = calibration.fingerprint
     if tokenizer is None:
         here = artefact.fingerprint(model, wrapped.backend.name)
+        if wrapped.gate is not None and calibration.confidence == GATE:
+            here["gate"] = wrapped.gate.digest
     else:
         here = {"tokenizer": artefact.tokenizer_hash(tokenizer)}
     differing = artefact.differences(made, here)

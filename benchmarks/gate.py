@@ -23,7 +23,7 @@ CPU cores, not timed):
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ from torch import Tensor
 
 from adaptive_gen import ui
 from adaptive_gen.bench import environment
-from adaptive_gen.calibrate import gate as gates
-from adaptive_gen.calibrate import search, trace
+from adaptive_gen.calibrate import maps, search
 from adaptive_gen.calibrate.collect import collect
 from adaptive_gen.calibrate.cost import Cost
+from adaptive_gen.calibrate.gate import with_gate
 from adaptive_gen.calibrate.profile import profile
 from adaptive_gen.calibrate.prompts import ordered, prompt_set
 from adaptive_gen.calibrate.search import Candidate, Traced
 from adaptive_gen.calibrate.stages import PROFILE_TOKENS, curves_of, prompt_ids
 from adaptive_gen.calibrate.target import Target
+from adaptive_gen.calibrate.trace import Trace
 from adaptive_gen.calibration import Calibration
 from adaptive_gen.confidence import GATE
 from adaptive_gen.files import whole
@@ -53,18 +54,6 @@ KV = "recompute"
 FULL = "full_depth"
 
 
-def gated(model: Any, found: trace.Trace) -> trace.Trace:
-    """The trace with the model's gate as one more measure."""
-    import torch
-
-    gate, real = state(model).gate, found.real
-    assert gate is not None
-    values = np.zeros(found.agrees.shape)
-    for k, hidden in enumerate(gates.hidden_states(model, found)):
-        values[real, k] = gate(torch.from_numpy(hidden), found.exit_layers[k]).numpy()
-    return replace(found, confidence={**found.confidence, GATE: values})
-
-
 def chosen(traced: Traced, wanted: float) -> tuple[Candidate, float]:
     """The setting predicted to be fastest at this agreement, and its checks per token."""
     front = search.front(search.candidates(traced))
@@ -74,7 +63,7 @@ def chosen(traced: Traced, wanted: float) -> tuple[Candidate, float]:
     return found, float(outcome.work.checks[0] / outcome.tokens)
 
 
-def prepared(model: Any, prompts: list[Tensor], tokens: int) -> tuple[trace.Trace, dict, list]:
+def prepared(model: Any, prompts: list[Tensor], tokens: int) -> tuple[Trace, dict, list]:
     """Traces of the half to compare on, every measure's cost there, and how well each ranks.
 
     The model gets the gate, and a calibration of maps alone.
@@ -82,18 +71,18 @@ def prepared(model: Any, prompts: list[Tensor], tokens: int) -> tuple[trace.Trac
     exits = state(model).exit_layers
     every = collect(model, prompts, exits, tokens)
     half = (len(prompts) + 1) // 2
-    state(model).gate, rows = gates.fit(model, every, half)
-    seen, unseen = gated(model, every).split(half)
-    maps = {name: curves_of(seen, name) for name in seen.confidence}
-    state(model).calibration = Calibration(exits[-1], GATE, KV, maps, (), 0, {}, {})
+    state(model).gate, every = with_gate(model, every, half)
+    seen, unseen = every.split(half)
+    curves = {name: curves_of(seen, name) for name in seen.confidence}
+    state(model).calibration = Calibration(exits[-1], GATE, KV, curves, (), 0, {}, {})
     some = prompt_ids(seen.take(slice(0, 16)), model)
     settings = {"kv": KV, "tokens": min(PROFILE_TOKENS, tokens)}
-    costs = {name: profile(model, some, exits, measure=name, **settings) for name in maps}
-    return unseen, costs, [asdict(row) for row in rows]
+    costs = {name: profile(model, some, exits, measure=name, **settings) for name in curves}
+    return unseen, costs, [asdict(row) for row in maps.qualities(unseen, curves)]
 
 
 def compare(
-    model: Any, unseen: trace.Trace, costs: dict[str, Cost], wanted: float, tokens: int, rounds: int
+    model: Any, unseen: Trace, costs: dict[str, Cost], wanted: float, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row per measure, all measured together."""
     calibration, cap = state(model).calibration, state(model).queue_cap

@@ -12,7 +12,7 @@ from adaptive_gen.errors import ModelError, OptionError, OutputError
 
 # What is asked for when no target is given: nearly full depth's text, as fast as it can be had.
 MAX_DISAGREEMENT = 0.03
-MEASURES = ("margin", "max_prob", "entropy", "best")
+MEASURES = ("margin", "max_prob", "entropy", "gate", "best")
 KV = ("recompute", "propagate")
 LOSSES = ("prefix", "exact", "rouge", "em")
 THRESHOLDS = ("single", "per-exit")

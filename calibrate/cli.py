@@ -108,6 +108,10 @@ def write(found: artefact.Calibration, directory: Path, work: Path) -> None:
             ) from None
         with whole(directory / tables.EVIDENCE, "--out", "wb") as file:
             file.write((work / "evidence.json").read_bytes())
+        if found.confidence == "gate":
+            from adaptive_gen.gate import Gate
+
+            Gate.load(work).save(directory)
         path = artefact.save(found, directory)
     except OutputError:
         ui.note(f"the finished calibration.json is in {work}, with its evidence.json")

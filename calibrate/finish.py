@@ -7,6 +7,7 @@ from typing import Any
 from adaptive_gen import calibration as artefact
 from adaptive_gen.bench import environment
 from adaptive_gen.calibration import Calibration, OperatingPoint
+from adaptive_gen.confidence import GATE, MEASURES
 from adaptive_gen.settings import state
 
 from . import batches, evidence, quality, search, seek
@@ -33,14 +34,16 @@ def draft(
         "cost": dataclasses.asdict(cost),
         "quality": list(found.quality),
     }
+    gate = state(model).gate if found.measure == GATE else None
+    made_on = {**job["fingerprint"], "kv": options.kv, "decoding": "greedy"}
     return Calibration(
         n_layers=trace.n_layers,
         confidence=found.measure,
         kv=options.kv,
-        maps=found.curves,
+        maps={m: by_exit for m, by_exit in found.curves.items() if m in (*MEASURES, found.measure)},
         points=(),
         default=0,
-        fingerprint={**job["fingerprint"], "kv": options.kv, "decoding": "greedy"},
+        fingerprint=made_on if gate is None else {**made_on, "gate": gate.digest},
         recipe=recipe,
         placement=found.placement,
     )

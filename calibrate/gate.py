@@ -5,7 +5,7 @@ chosen on prompts left out of the fit: tokens of one text resemble each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from adaptive_gen.confidence import GATE
 from adaptive_gen.decoder import Decoder
 from adaptive_gen.gate import Gate
 from adaptive_gen.ui import progress
 
-from . import maps
 from .collect import along
 from .trace import Trace
 
@@ -25,48 +25,42 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MOST_NUMBERS = 32_000_000  # of one exit's hidden states; further texts are left out
 
 
-@dataclass(frozen=True)
-class Row:
-    """How well a measure tells which tokens agree, on texts that nothing was fitted to."""
+def with_gate(model: Any, trace: Trace, searched: int) -> tuple[Gate, Trace]:
+    """A gate fitted on the first texts, and the trace with what it says as one more measure.
 
-    confidence: str
-    exit_layer: int
-    auroc: float | None
-    error: float | None  # expected calibration error; None where the raw score is no chance
-    tokens: int
-
-
-def fit(model: Any, trace: Trace, searched: int) -> tuple[Gate, list[Row]]:
-    """Fit a probe per exit and judge it beside the other measures.
+    What the trace has of the texts it was fitted on is said by two other gates, each fitted on the
+    other half of them: a probe knows its own texts too well, and maps fitted to that would promise
+    too much.
 
     Args:
         model: wrapped.
         trace: of all prompts, with texts.
-        searched: how many of the first texts to fit on; the others judge.
+        searched: how many of the first texts to fit on, as far as they fit into memory.
     """
     width = model.config.get_text_config().hidden_size
-    texts = max(2, min(len(trace.lengths), int(MOST_NUMBERS / width / trace.lengths.mean())))
-    searched = max(1, searched * texts // len(trace.lengths))
-    trace = trace.take(slice(0, texts))
-    exits = trace.exit_layers[:-1]
-    hidden = hidden_states(model, trace)
-    owner = np.repeat(np.arange(texts), trace.lengths)  # the text of each token
-    seen = owner < searched
-    weights, biases, rows = {}, {}, []
-    for k, exit_layer in enumerate(exits):
-        agrees = trace.at(next(iter(trace.confidence)), k)[1]
-        weight, bias = probe(hidden[k][seen], agrees[seen], owner[seen])
-        weights[exit_layer], biases[exit_layer] = (
-            torch.tensor(value, dtype=torch.float32) for value in (weight, bias)
-        )
-        chance = _sigmoid(hidden[k][~seen].astype(np.float64) @ weight + bias)
-        unseen = agrees[~seen]
-        error = maps.calibration_error(chance, unseen)
-        rows.append(Row("gate", exit_layer, maps.auroc(chance, unseen), error, len(unseen)))
-        for name in trace.confidence:
-            score = trace.at(name, k)[0][~seen]
-            rows.append(Row(name, exit_layer, maps.auroc(score, unseen), None, len(unseen)))
-    return Gate(weights, biases), rows
+    fitted = max(2, min(searched, int(MOST_NUMBERS / width / trace.lengths.mean())))
+    held = trace.take(slice(0, fitted))
+    hidden, owner = hidden_states(model, held), np.repeat(np.arange(fitted), held.lengths)
+    values = np.zeros(trace.agrees.shape)
+    weights, biases = {}, {}
+    for k, exit_layer in enumerate(trace.exit_layers[:-1]):
+        agrees = held.at(next(iter(held.confidence)), k)[1]
+        score = np.empty(len(owner))
+        for half in (owner % 2 == 0, owner % 2 == 1):
+            weight, bias = probe(hidden[k][~half], agrees[~half], owner[~half])
+            score[half] = _sigmoid(hidden[k][half].astype(np.float64) @ weight + bias)
+        values[:fitted][held.real, k] = score
+        weight, bias = probe(hidden[k], agrees, owner)
+        weights[exit_layer] = torch.tensor(weight, dtype=torch.float32)
+        biases[exit_layer] = torch.tensor(bias, dtype=torch.float32)
+    gate = Gate(weights, biases)
+    for start in range(fitted, len(trace.lengths), fitted):
+        texts = slice(start, start + fitted)
+        part = trace.take(texts)
+        for k, states in enumerate(hidden_states(model, part)):
+            chance = gate(torch.from_numpy(states), trace.exit_layers[k])
+            values[texts][part.real, k] = chance.numpy()
+    return gate, replace(trace, confidence={**trace.confidence, GATE: values})
 
 
 @torch.no_grad()

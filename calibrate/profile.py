@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_gen.confidence import GATE
 from adaptive_gen.paired import generate
 from adaptive_gen.policy import Check
 from adaptive_gen.settings import state
@@ -111,6 +112,8 @@ def profile(
         for i, script in enumerate(found):
             seconds[:, i, turn] = timed(model, ids, script, exit_layers[-1], **settings)
     works = [work(script, exit_layers, kv, state(model).queue_cap) for script in found]
+    if measure == GATE:
+        works = [done.gated() for done in works]
     return fit(works, typical(seconds[0]), float(np.median(seconds[1])))
 
 

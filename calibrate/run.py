@@ -16,6 +16,7 @@ from .stages import (
     Options,
     certify_stage,
     collect_stage,
+    gate_stage,
     job,
     profile_stage,
     replay_stage,
@@ -50,7 +51,7 @@ def run(
         AdaptiveGenError: prompts or exits that cannot be used.
     """
     asked = job(model, tokenizer, prompts, options)
-    before = state(model).calibration
+    before, gate = state(model).calibration, state(model).gate
     try:
         if work is not None:
             return _run(model, tokenizer, prompts, target, options, Store(work, asked))
@@ -58,7 +59,7 @@ def run(
             store = Store(Path(directory), asked)
             return _run(model, tokenizer, prompts, target, options, store)
     except BaseException:
-        state(model).calibration = before
+        state(model).calibration, state(model).gate = before, gate
         raise
 
 
@@ -71,12 +72,14 @@ def _run(
     store: Store,
 ) -> Calibration:
     # A former calibration must not colour this one: traces and timing are of the raw model.
-    state(model).calibration = None
+    state(model).calibration = state(model).gate = None
     lap = Lap()
     trace = collect_stage(model, tokenizer, prompts, options, store)
     lap("collect")
     cost = profile_stage(model, trace, options, store)
     lap("profile")
+    trace = gate_stage(model, trace, target, options, store)
+    lap("gate")
     found = search_stage(model, trace, cost, target, options, store)
     state(model).calibration = draft(model, trace, found, cost, options, store.job)
     lap("search")

@@ -7,7 +7,7 @@ ones; the tests hold it against the scheduler itself.
 Axes: `texts`, `time`, `settings`; `exits` below full depth.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ class Work:
     fills: NDArray  # segment calls that only store keys and values
     stores: NDArray  # layer calls of those
     stored: NDArray  # rows of those
+
+    def gated(self) -> "Work":
+        """The same work with checks that read no logits: one readout a token, where it leaves."""
+        return replace(self, readouts=self.tokens + np.zeros_like(self.readouts))
 
     @property
     def table(self) -> NDArray:

@@ -7,13 +7,14 @@ rarely fires is left out: that is decided here by price, not by a rule.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_gen.calibration import ConfidenceMap, Placement
+from adaptive_gen.confidence import GATE
 from adaptive_gen.errors import OptionError
 
 from . import maps
@@ -81,6 +82,7 @@ class Traced:
     cost: Cost
     kv: str
     queue_cap: int
+    gated: bool = False  # checks read no logits
 
     @classmethod
     def of(
@@ -95,7 +97,7 @@ class Traced:
         """Map the recorded confidences of `measure`."""
         raw = trace.confidence[measure]
         columns = [maps.apply(curves[e], raw[..., k]) for k, e in enumerate(trace.exit_layers[:-1])]
-        return cls(trace, np.stack(columns, axis=-1), cost, kv, queue_cap)
+        return cls(trace, np.stack(columns, axis=-1), cost, kv, queue_cap, measure == GATE)
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -106,9 +108,10 @@ class Traced:
         """Follow the queues; thresholds [exits, settings], above 1 where an exit is not checked."""
         leaves = self.chance[..., None] >= thresholds
         t = self.trace
-        return simulate(
+        found = simulate(
             t.exit_layers, t.lengths, t.agrees, leaves, thresholds <= 1, self.kv, self.queue_cap
         )
+        return replace(found, work=found.work.gated()) if self.gated else found
 
     def full_depth_s(self) -> float:
         """Predicted seconds of all texts at full depth."""
@@ -187,6 +190,7 @@ def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
         stores=zero if recompute else t.blocks.ravel(),
         stored=zero if recompute else t.skipped.ravel(),
     )
+    work = work.gated() if traced.gated else work
     return 1 / traced.cost.time(work), t.agreed.ravel()
 
 

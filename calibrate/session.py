@@ -5,7 +5,9 @@ from functools import cached_property
 from typing import Any
 
 from adaptive_gen.calibration import differences, fingerprint
+from adaptive_gen.confidence import GATE
 from adaptive_gen.errors import CalibrationError
+from adaptive_gen.gate import Gate
 from adaptive_gen.settings import state
 
 from . import trace as traces
@@ -84,7 +86,9 @@ class Session:
         return [Step(**{**row, "candidate": parse_candidate(row["candidate"])}) for row in rows]
 
     def use_draft(self) -> None:
-        """Give the model the maps that the thresholds refer to."""
+        """Give the model the maps that the thresholds refer to, and the gate if they do."""
+        if self.found.measure == GATE:
+            state(self.model).gate = Gate.load(self.store.directory)
         state(self.model).calibration = draft(
             self.model, self.trace, self.found, self.cost, self.options, self.store.job
         )

@@ -68,14 +68,15 @@ def search(
     choices.check_level(confidence_level)
     chosen = {"loss": loss, "level": confidence_level, "thresholds": thresholds}
     session = _open(work, model, confidence=confidence, **chosen)
-    from .stages import search_stage
+    from .stages import gate_stage, search_stage
     from .target import Target
 
+    asked = Target(*aim)
     found = search_stage(
         session.model,
-        session.trace,
+        gate_stage(session.model, session.trace, asked, session.options, session.store),
         session.cost,
-        Target(*aim),
+        asked,
         session.options,
         session.store,
     )
@@ -137,21 +138,7 @@ def verify(
     tables.show(found, as_json)
 
 
-def gate(work: choices.Work, model: Model = None, out: choices.Out = None) -> None:
-    """Besides: fit a confidence that needs no LM head, and write gate.safetensors."""
-    directory = choices.home(out, model)
-    session = _open(work, model)
-    from .gate import fit
-
-    texts = len(session.trace.lengths)
-    found, rows = fit(session.model, session.trace, (texts + 1) // 2)
-    columns = ("confidence", "exit", "AUROC", "ECE", "tokens")
-    cells = [(r.confidence, r.exit_layer, r.auroc, r.error, r.tokens) for r in rows]
-    ui.table("on prompts not fitted to", columns, cells)
-    ui.note(f"written to {found.save(directory)}")
-
-
-COMMANDS = (collect, profile, search, replay, certify, verify, gate)
+COMMANDS = (collect, profile, search, replay, certify, verify)
 
 
 def _open(work: Any, model: str | None, **changes: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptive_gen.bench import MAX_NEW_TOKENS
 from adaptive_gen.calibration import fingerprint
-from adaptive_gen.confidence import DEFAULT, MEASURES
+from adaptive_gen.confidence import DEFAULT, GATE
 from adaptive_gen.errors import ModelError, OptionError
 from adaptive_gen.prompts import Prompt, digest, inputs
 from adaptive_gen.settings import state
@@ -29,6 +29,7 @@ from . import trace as traces
 from .collect import SHARD, collect
 from .cost import Cost
 from .found import Found
+from .gate import with_gate
 from .profile import profile
 from .prompts import ordered
 from .search import Traced
@@ -106,11 +107,38 @@ def profile_stage(model: Any, trace: Trace, options: Options, store: Store) -> C
         prompt_ids(trace.take(slice(0, 16)), model),
         trace.exit_layers,
         kv=options.kv,
-        measure=DEFAULT if options.confidence == "best" else options.confidence,
+        # The gate is yet to be fitted; its price follows from the others', see `Traced`.
+        measure=DEFAULT if options.confidence in ("best", GATE) else options.confidence,
         tokens=min(PROFILE_TOKENS, options.max_new_tokens),
     )
     store.write("cost", asdict(found))
     return found
+
+
+def searched_on(trace: Trace, target: Target) -> int:
+    """How many of the first texts the search sees."""
+    return round(len(trace.lengths) * SEARCHED.get(target.kind, HALF) + 1e-9)
+
+
+def gate_stage(model: Any, trace: Trace, target: Target, options: Options, store: Store) -> Trace:
+    """Fit a gate where one may be chosen; the trace with its confidence as one more measure.
+
+    Raises:
+        OptionError: a gate is asked for where none can be replayed.
+    """
+    if options.confidence not in ("best", GATE):
+        return trace
+    if options.kv == "propagate":  # its replay reads confidences off other hidden states
+        if options.confidence == GATE:
+            raise OptionError(
+                "--confidence gate cannot be calibrated with --kv propagate; leave one of them out."
+            )
+        return trace
+    gate, trace = with_gate(model, trace, searched_on(trace, target))
+    state(model).gate = gate
+    gate.save(store.directory, "--work")
+    traces.save(trace, store.directory / "traces.npz")
+    return trace
 
 
 def search_stage(
@@ -122,14 +150,13 @@ def search_stage(
         DataError: too few prompts for what is to be certified.
         Unreachable: adaptive depth is predicted not to pay here.
     """
-    searched = round(len(trace.lengths) * SEARCHED.get(target.kind, HALF) + 1e-9)
-    promise = None
+    searched, promise = searched_on(trace, target), None
     if target.kind == "risk":
         promise = certification.Promise(target.value, options.level, options.loss)
         promise.check_enough(len(trace.lengths) - searched)
     seen, unseen = trace.split(searched)
-    curves = {m: curves_of(seen, m) for m in MEASURES}
-    names = list(MEASURES) if options.confidence == "best" else [options.confidence]
+    curves = {m: curves_of(seen, m) for m in seen.confidence}
+    names = list(curves) if options.confidence == "best" else [options.confidence]
     best: tuple[tuple[bool, float], str, list[search.Candidate], search.Placement] | None = None
     for name in names:
         traced = Traced.of(seen, curves[name], name, cost, options.kv, state(model).queue_cap)

@@ -39,7 +39,6 @@ def test_the_stages_in_turn_make_a_certified_calibration(calibrate, model_dir, m
         ["replay", *at],
         ["certify", *at],
         ["verify", *at, "--out", out],
-        ["gate", *at, "--out", out],
     ):
         code, text, err = calibrate(*args)
         assert code == 0, (args, err)
@@ -53,7 +52,6 @@ def test_the_stages_in_turn_make_a_certified_calibration(calibrate, model_dir, m
     assert "Certified: on new prompts" in text
     wrapped, _ = adaptive_gen.load(model_dir, calibration=out)
     assert state(wrapped).calibration.certified
-    assert Gate.load(out).exit_layers == (1, 3)
 
     code, _, err = calibrate("collect", *at, "--prompts", many, "--max-new-tokens", 5)
     assert code == 2 and "another model, other prompts or other settings" in err
@@ -65,6 +63,28 @@ def test_the_stages_in_turn_make_a_certified_calibration(calibrate, model_dir, m
     (work / "search.json").write_text("{")
     code, _, err = calibrate("certify", *at)
     assert code == 2 and "run `calibrate search` again" in err
+
+
+def test_a_calibration_by_gate_brings_its_gate(calibrate, model_dir, many, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    asked = ["--prompts", many, "--max-new-tokens", 4, "--exit-layers", "1,3"]
+    by_gate = [*asked, "--max-disagreement", 0.9, "--confidence", "gate", "--out", out]
+    code, _, err = calibrate("run", model_dir, *by_gate)
+    assert code == 0, err
+    assert artefact.load(out).confidence == "gate"
+    loaded, tokenizer = adaptive_gen.load(model_dir, calibration=out)
+    assert not state(loaded).told
+    settings = {"adaptive": True, "max_new_tokens": 4, "return_dict_in_generate": True}
+    ids = tokenizer("a prompt", return_tensors="pt").input_ids
+    assert 0 <= loaded.generate(ids, **settings).confidences.nan_to_num(0).min()
+
+    other = Gate.load(out)
+    Gate(other.weights, {layer: bias + 1 for layer, bias in other.biases.items()}).save(out)
+    changed, _ = adaptive_gen.load(model_dir, calibration=out)
+    assert any("made on another gate" in text for text in state(changed).told)
+
+    code, _, err = calibrate("run", model_dir, *by_gate, "--kv", "propagate")
+    assert code == 2 and "--confidence gate cannot be calibrated with --kv propagate" in err
 
 
 def test_finished_shards_are_not_collected_again(model, monkeypatch, tmp_path):  # noqa: F811

@@ -1,5 +1,7 @@
 """The gate: fitted where it can tell, judged on texts it has not seen, stored and read back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -34,26 +36,54 @@ def test_where_nothing_can_be_told_the_penalty_keeps_the_probe_near_the_base_rat
     assert fresh.std() < 0.2
 
 
-def test_a_fitted_gate_reads_the_hidden_states_of_the_model(tiny_llama):
+@pytest.fixture
+def collected(tiny_llama):
     model = adaptive_gen.wrap(tiny_llama(layers=4, eos_token_id=None), exit_layers=[1, 3])
     prompts = [torch.tensor([[i, 2 * i, 7]]) for i in range(8)]
-    trace = collect(model, prompts, (1, 3, 4), 12)
-    gate, rows = fitting.fit(model, trace, searched=5)
+    return model, collect(model, prompts, (1, 3, 4), 12)
+
+
+def test_a_fitted_gate_reads_the_hidden_states_of_the_model(collected):
+    model, trace = collected
+    gate, found = fitting.with_gate(model, trace, searched=5)
     assert gate.exit_layers == (1, 3)
-    assert {(r.confidence, r.exit_layer) for r in rows} == {
-        (name, e) for name in ("gate", "margin", "max_prob", "entropy") for e in (1, 3)
-    }
-    assert all(r.tokens == 3 * 12 for r in rows)
-    ids = torch.from_numpy(trace.texts[0][:-1])[None]
-    states = model(ids, output_hidden_states=True).hidden_states
+    assert set(found.confidence) == {*trace.confidence, "gate"}
+    states = [
+        model(torch.from_numpy(text[:-1])[None], output_hidden_states=True).hidden_states
+        for text in trace.texts
+    ]
     for k, exit_layer in enumerate((1, 3)):
-        normed = model.model.norm(states[exit_layer])[0, -12:]
-        assert torch.allclose(
-            normed, torch.from_numpy(fitting.hidden_states(model, trace)[k][:12]), atol=1e-5
-        )
-        chance = gate(normed, exit_layer)
-        assert chance.shape == (12,) and chance.dtype == torch.float32
-        assert 0 <= chance.min() and chance.max() <= 1
+        normed = [model.model.norm(of[exit_layer])[0, -12:] for of in states]
+        read = torch.from_numpy(fitting.hidden_states(model, trace)[k])
+        assert torch.allclose(torch.cat(normed), read, atol=1e-5)
+        for text in range(5, 8):  # those it was not fitted on
+            chance = gate(normed[text], exit_layer)
+            assert chance.shape == (12,) and chance.dtype == torch.float32
+            noted = found.confidence["gate"][text, :, k]
+            assert np.allclose(chance.detach().numpy(), noted, atol=1e-5)
+
+
+def test_what_a_gate_says_of_texts_it_was_fitted_on_is_said_by_others(collected):
+    """Its own scores would tell nearly every token of these few texts apart."""
+    model, trace = collected
+    draw = np.random.default_rng(0)
+    trace = dataclasses.replace(trace, agrees=draw.random(trace.agrees.shape) < 0.5)
+    gate, found = fitting.with_gate(model, trace, searched=6)
+    hidden = fitting.hidden_states(model, trace)[0][: 6 * 12]
+    own = gate(torch.from_numpy(hidden), 1).numpy()
+    others = found.confidence["gate"][:6, :, 0].ravel()
+    agrees = trace.agrees[:6, :, 0].ravel()
+    assert maps.auroc(own, agrees) > maps.auroc(others, agrees) + 0.1
+    assert abs(maps.auroc(others, agrees) - 0.5) < 0.2, "there is nothing to tell"
+
+
+def test_a_fit_that_outgrows_memory_takes_fewer_texts(collected, monkeypatch):
+    model, trace = collected
+    whole, _ = fitting.with_gate(model, trace, searched=4)
+    monkeypatch.setattr(fitting, "MOST_NUMBERS", 4 * 12 * 32)
+    some, found = fitting.with_gate(model, trace, searched=8)
+    assert torch.equal(whole.weights[1], some.weights[1])
+    assert np.all(found.confidence["gate"] > 0)
 
 
 def test_a_gate_survives_the_file(tmp_path):
@@ -84,14 +114,14 @@ def test_a_gate_survives_the_file(tmp_path):
 )
 def test_a_broken_gate_is_one_clear_line(tmp_path, tensors):
     save_file(tensors, tmp_path / "gate.safetensors")
-    with pytest.raises(CalibrationError, match="calibrate gate") as error:
+    with pytest.raises(CalibrationError, match="calibrate run --confidence gate") as error:
         Gate.load(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_or_truncated_gate_is_one_clear_line(tmp_path):
-    with pytest.raises(CalibrationError, match="calibrate gate"):
+    with pytest.raises(CalibrationError, match="calibrate run --confidence gate"):
         Gate.load(tmp_path)
     (tmp_path / "gate.safetensors").write_bytes(b"\x10\x00\x00")
-    with pytest.raises(CalibrationError, match="calibrate gate"):
+    with pytest.raises(CalibrationError, match="calibrate run --confidence gate"):
         Gate.load(tmp_path)

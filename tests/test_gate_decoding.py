@@ -89,5 +89,5 @@ def test_a_gate_is_found_beside_the_calibration(tmp_path):
 
 
 def test_without_a_gate_it_is_refused():
-    with pytest.raises(OptionError, match="calibrate gate"):
+    with pytest.raises(OptionError, match="calibrate run --confidence gate"):
         wrapped("llama").generate(padded([3])["input_ids"], **SETTINGS, confidence="gate")
