@@ -1,6 +1,7 @@
 """The end-to-end track: a trained, calibrated model against every peer, on prompts it never saw."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,10 @@ class FixedDrafts:
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """At the exit, unless it is the turn of a deep token."""
         return exit_layer == self.exit_layer and position % (self.tokens + 1) < self.tokens
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """Any confidence or none."""
+        return -math.inf
 
     def should_exit(self, check: Check) -> bool:
         """Always where it may."""
