@@ -20,6 +20,7 @@ class Work:
     texts: NDArray  # prefills
     tokens: NDArray  # decoding steps; the first new token of a text belongs to its prefill
     layers: NDArray  # layer calls, whatever the rows
+    cold: NDArray  # the same, each by the share of all layers that ran since its layer's last call
     rows: NDArray  # rows beyond the first, summed over the layer calls
     doublings: NDArray  # log2 of the rows, first one included, summed over the layer calls
     readouts: NDArray  # norm + LM head, at full depth too
@@ -96,6 +97,9 @@ class _Queues:
         self.depths[:, 0] = exit_layers[-1]
         # Neighbouring segments are one where the exit between them is not checked.
         self.begins = np.concatenate([np.ones((1, settings), bool), checked])
+        # How deep the last token went that ran each segment; the prompt went to the end.
+        self.reached = np.full(self.waiting.shape, exit_layers[-1], dtype=np.int16)
+        self.cold = np.zeros(settings)
         self.agreed, self.layers, self.rows, self.readouts, self.checks = (
             np.zeros(settings, dtype=np.int64) for _ in range(5)
         )
@@ -134,6 +138,11 @@ class _Queues:
         self.agreed += going.sum(0)
         self.waiting[:, texts] = waiting
         self.depths[texts, time] = depth
+        ran = depth > (np.array(self.exit_layers) - self.sizes)[:, None, None]
+        reached = self.reached[:, texts]
+        shares = self.sizes / self.exit_layers[-1]
+        self.cold += np.einsum("s,snk->k", shares, np.where(ran, reached, 0))
+        self.reached[:, texts] = np.where(ran, depth, reached)
 
     def _advance(self, waiting: NDArray, s: int, going: NDArray) -> None:
         """Run segment `s` where a token goes on, on all that waits there."""
@@ -175,6 +184,7 @@ class _Queues:
                 texts=one * texts,
                 tokens=one * (tokens - texts),
                 layers=self.layers,
+                cold=self.cold,
                 rows=self.rows,
                 doublings=self.doublings,
                 readouts=self.readouts,

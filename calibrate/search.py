@@ -182,6 +182,7 @@ def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
         texts=zero + len(trace.lengths),
         tokens=zero + decoded.sum(),
         layers=t.layers.ravel(),
+        cold=_cold(traced, t, decoded.sum()),
         rows=t.skipped.ravel() if recompute else zero,
         doublings=_doublings(t) if recompute else zero,
         readouts=t.readouts.ravel(),
@@ -192,6 +193,12 @@ def _histogram(traced: Traced, grid: NDArray) -> tuple[NDArray, NDArray]:
     )
     work = work.gated() if traced.gated else work
     return 1 / traced.cost.time(work), t.agreed.ravel()
+
+
+def _cold(traced: Traced, t: Tables, tokens: int) -> NDArray[np.float64]:
+    """As if the layers in front of the first exit came after tokens of average depth."""
+    depth = t.layers.ravel() / tokens
+    return t.layers.ravel() - traced.exits[0] * tokens * (1 - depth / traced.trace.n_layers)
 
 
 def _doublings(t: Tables) -> NDArray[np.float64]:

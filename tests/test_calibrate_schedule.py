@@ -115,10 +115,20 @@ def test_texts_of_different_lengths_do_not_touch_each_other(kv):
         assert getattr(together, figure) == pytest.approx(sum(shares) / together.tokens)
 
 
-@pytest.mark.parametrize("kv, terms", [("recompute", 7), ("propagate", 8)])
+@pytest.mark.parametrize("kv, terms", [("recompute", 8), ("propagate", 9)])
 def test_the_profile_s_scripts_tell_all_terms_apart(kv, terms):
     works = [work(script, EXITS, kv, queue_cap=16) for script in scripts(EXITS, tokens=40)]
     table = np.concatenate([w.table for w in works])
     used = table[:, table.any(axis=0)]
     assert used.shape[1] == terms
     assert np.linalg.matrix_rank(used) == terms
+
+
+def test_a_layer_is_as_cold_as_the_last_token_that_ran_it_went_deep():
+    """Depths 4, 1, 1, 3, 4 of 4 behind a prompt at full depth, exits after each layer."""
+    depths = [4, 1, 1, 3, 4]
+    script = Scripted([4, *depths], frozenset([1, 2, 3]))
+    done = work(script, (1, 2, 3, 4), "recompute", 16)
+    cold = [4 * 4, 4, 1, 1 + 4 + 4, 3 + 3 + 3 + 4]  # of four layers, by token
+    assert done.cold.tolist() == [sum(cold) / 4]
+    assert done.layers.tolist() == [sum(depths)]

@@ -232,7 +232,7 @@ def test_a_cost_model_finds_the_constants_of_the_machine_again():
     true = {"texts": 4e-3, "tokens": 2e-4, "layers": 1e-4, "rows": 2e-5, "readouts": 3e-4}
     true |= {"doublings": 4e-5, "checks": 1e-4}
     works = [
-        Work(*(np.array([n]) for n in (1, *draw.integers(20, 400, 6), 0, 0, 0))) for _ in range(12)
+        Work(*(np.array([n]) for n in (1, *draw.integers(20, 400, 7), 0, 0, 0))) for _ in range(12)
     ]
     seconds = np.array([sum(getattr(w, t)[0] * s for t, s in true.items()) for w in works])
     found = fit(works, seconds, prefill_s=0.01)
