@@ -4,12 +4,12 @@
 
 Layers of one model cost alike, but for what a cache still holds of them: a layer that runs again
 after three others is quicker than one that runs again after all of them, so there is a price for
-what ran in between besides one for the call. Rows that ride along in a block cost a fraction of a call: the first
-of them more than the eighth, while products of few rows leave the machine idle, and all alike once
-they do not; so there is a price for each doubling of the rows besides one for each row. A readout
-on the way costs more than the one at full depth: its confidence is computed, the policy is asked,
-and the layers run in two pieces. The constants are fitted to a few seconds of real decoding on this
-device (profile.py).
+what ran in between besides one for the call. Rows that ride along in a block cost a fraction of a
+call: the first of them more than the eighth, while products of few rows leave the machine idle, and
+all alike once they do not; so there is a price for each doubling of the rows besides one for each
+row. A readout on the way costs more than the one at full depth: its confidence is computed, the
+policy is asked, and the layers run in two pieces. The constants are fitted to a few seconds of real
+decoding on this device (profile.py).
 """
 
 from dataclasses import dataclass, fields
