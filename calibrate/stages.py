@@ -58,6 +58,17 @@ class Options:
     level: float = 0.95  # of a certificate
     least_gain: float | None = None  # None is worth.LEAST_GAIN
 
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+            OptionError: a gate is asked for where none can be replayed.
+        """
+        if self.confidence == GATE and self.kv == "propagate":
+            raise OptionError(
+                "--confidence gate cannot be calibrated with --kv propagate; leave one of them out."
+            )
+
 
 def job(model: Any, tokenizer: Any, prompts: Sequence[Prompt], options: Options) -> dict[str, Any]:
     """What makes collected traces usable for a run: the same job, the same traces.
@@ -121,18 +132,9 @@ def searched_on(trace: Trace, target: Target) -> int:
 
 
 def gate_stage(model: Any, trace: Trace, target: Target, options: Options, store: Store) -> Trace:
-    """Fit a gate where one may be chosen; the trace with its confidence as one more measure.
-
-    Raises:
-        OptionError: a gate is asked for where none can be replayed.
-    """
-    if options.confidence not in ("best", GATE):
-        return trace
-    if options.kv == "propagate":  # its replay reads confidences off other hidden states
-        if options.confidence == GATE:
-            raise OptionError(
-                "--confidence gate cannot be calibrated with --kv propagate; leave one of them out."
-            )
+    """Fit a gate where one may be chosen; the trace with its confidence as one more measure."""
+    # The replay of `propagate` reads confidences off other hidden states, and off logits alone.
+    if options.confidence not in ("best", GATE) or options.kv == "propagate":
         return trace
     gate, trace = with_gate(model, trace, searched_on(trace, target))
     state(model).gate = gate
