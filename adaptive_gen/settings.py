@@ -306,7 +306,7 @@ def _confidences(name: str | None, layers: tuple[int, ...], state: State) -> Con
     maps = calibration.maps if calibration is not None else {}
     confidences = Confidences(name, maps, state.gate)
     if state.gate is not None and confidences.reads_hidden:
-        # Its probes are fitted as chances of agreement: no map comes behind them.
+        # Its probes are fitted as chances of agreement, which do without a map.
         missing = [layer for layer in layers[:-1] if layer not in state.gate.exit_layers]
         if missing:
             raise OptionError(

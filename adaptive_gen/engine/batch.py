@@ -43,7 +43,7 @@ class BatchStretch(Stretch):
         shape, done = (len(rows), max(1, count)), np.zeros(len(rows), np.int64)
         results = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, math.nan)
         clock = time.perf_counter()
-        kernel, rules = compiled.batch_kernel(), scheduler.rules
+        kernel, rules = compiled.kernel("batch"), scheduler.rules
         kernel.decode(
             np.array(tokens),
             np.array([*ends], np.int64),

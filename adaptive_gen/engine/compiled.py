@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,35 +57,9 @@ def compiling() -> Iterator[None]:
 
 
 @lru_cache
-def _kernels() -> Any:
-    """`kernels.cpu`, which only a process that decodes on a CPU has to load numba for."""
-    from ..kernels import cpu
-
-    return cpu
-
-
-@lru_cache
-def decode_kernel() -> Any:
-    """`kernels.decode`; see `_kernels`."""
-    from ..kernels import decode
-
-    return decode
-
-
-@lru_cache
-def batch_kernel() -> Any:
-    """`kernels.batch`; see `_kernels`."""
-    from ..kernels import batch
-
-    return batch
-
-
-@lru_cache
-def lossless_kernel() -> Any:
-    """`kernels.lossless`; see `_kernels`."""
-    from ..kernels import lossless
-
-    return lossless
+def kernel(name: str) -> Any:
+    """A module of `kernels`; only a process that decodes on a CPU has to load numba for one."""
+    return import_module(f"..kernels.{name}", __package__)
 
 
 def unfit(model: FusedModel) -> str:
@@ -255,7 +230,7 @@ class CompiledSegment:
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if sum(span.counts) > MOST_TOKENS:
             return self.long.run(hidden, cache, span)
-        cpu = _kernels()
+        cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
         cpu.run_layers(
@@ -283,7 +258,7 @@ class CompiledSegment:
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if sum(span.counts) > MOST_TOKENS:
             return self.long.store(hidden, cache, span)
-        cpu = _kernels()
+        cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
         cpu.store_layers(
@@ -386,7 +361,7 @@ class CompiledReadout:
         rows = hidden.shape[0]
         if rows > MOST_TOKENS:
             return self._long(hidden)
-        cpu = _kernels()
+        cpu = kernel("cpu")
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
@@ -403,7 +378,7 @@ class CompiledConfidences(Confidences):
 
     def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
         """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
-        cpu = _kernels()
+        cpu = kernel("cpu")
         rows = np.empty((logits.shape[0], 5))
         cpu.summarise(logits.contiguous().numpy(), rows)
         found = [Summary(*row) for row in rows.tolist()]

@@ -31,6 +31,7 @@ from .scheduler import Scheduler
 # How long a stretch may take: tokens are shown when it ends. Fewer tokens than that share the few
 # dozen microseconds of a call.
 SECONDS, MOST = 0.01, 64
+MOST_WAITING = 4096  # tokens, of all rows, to keep buffers for
 
 
 class Emitted(NamedTuple):
@@ -75,7 +76,7 @@ class Stretch:
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
         self._model = embedding.weight.detach().numpy(), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
-        self._measure = compiled.decode_kernel().MEASURES.index(measure)
+        self._measure = compiled.kernel("decode").MEASURES.index(measure)
         self._least: dict[tuple[int, float], float] = {}
         self._pace = 1
 
@@ -165,7 +166,7 @@ class Stretch:
         """Call the kernel; see `kernels.decode`."""
         rules = self._scheduler.rules
         propagate = int(rules.kv == "propagate")
-        return compiled.decode_kernel().decode(token, ends, rules.queue_cap, propagate, *args)
+        return compiled.kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
 
     def _emitted(
         self, tokens: list[int], exits: list[int], confidences: list[float]
@@ -219,7 +220,7 @@ class LosslessStretch(Stretch):
 
     def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
         drafts, (row,) = self._drafts, self._scheduler.rows
-        done = compiled.lossless_kernel().decode(
+        done = compiled.kernel("lossless").decode(
             token, ends, count, drafts.shallow, drafts.most, drafts.record, *args
         )
         row.cap, row.drafts = drafts.length, 0
@@ -237,6 +238,8 @@ def unfit(scheduler: Scheduler, lossless: bool) -> str:
     embedding = scheduler.decoder.plain_embedding
     if len(scheduler.rows) > MOST_TOKENS:
         return f"it is one of more than {MOST_TOKENS}"
+    if len(scheduler.rows) * scheduler.rules.queue_cap * scheduler.last > MOST_WAITING:
+        return "so many tokens may wait that buffers for all of them are too large"
     if len(scheduler.rows) > 1 and (scheduler.rules.kv, lossless) != ("recompute", False):
         return "texts that propagate, or draft, are decoded in stretches only when alone"
     if not (
