@@ -23,6 +23,7 @@ _CACHE = "it keeps keys and values in a cache of its own"
 _LAYERS = "the layers after an exit have not run yet when a token is chosen"
 _GUIDANCE = "that runs the whole model on a second text at every token"
 _INPUTS = "it starts from input_ids alone"
+_SIGNATURE = inspect.signature(GenerationMixin.generate)  # type: ignore[reportAttributeAccessIssue]
 
 
 def _given(value: Any) -> bool:
@@ -66,8 +67,7 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
         OptionError: `adaptive` is asked for, and so is something of `REFUSED`; or it is not, and
             the cache of an adaptive generation is given.
     """
-    signature = inspect.signature(GenerationMixin.generate)  # type: ignore[reportAttributeAccessIssue]
-    bound = signature.bind_partial(model, *args, **kwargs)
+    bound = _SIGNATURE.bind_partial(model, *args, **kwargs)
     arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     configs = (arguments.get("generation_config"), model.generation_config)
 

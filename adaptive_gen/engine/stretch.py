@@ -28,9 +28,9 @@ from .drafts import DraftLength
 from .fusing import gain
 from .scheduler import Scheduler
 
-# How long a stretch may take: tokens are shown when it ends. Fewer tokens than that share the few
-# dozen microseconds of a call.
-SECONDS, MOST = 0.01, 64
+# How long a stretch may take: tokens are shown when it ends, and 20 times a second looks steady.
+# They share the half millisecond of Python around a call whose weights emptied the caches.
+SECONDS, MOST = 0.05, 64
 MOST_WAITING = 4096  # tokens, of all rows, to keep buffers for
 
 

@@ -20,9 +20,11 @@ from numba.extending import intrinsic, overload
 from .panels import (
     PANEL,
     add_four,
+    add_four_alone,
     add_one,
     add_one_alone,
     add_three,
+    add_three_alone,
     add_two,
     add_two_alone,
 )
@@ -100,6 +102,10 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0)
                 add_one_alone(x, w, scale, y, row, panel, tile, tiles)
             elif tokens == 2:
                 add_two_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 3:
+                add_three_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 4:
+                add_four_alone(x, w, scale, y, row, panel, tile, tiles)
             elif tokens - row >= 4:
                 add_four(x, w, scale, y, row, panel, tile, tiles)
             elif tokens - row == 3:

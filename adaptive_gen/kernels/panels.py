@@ -17,7 +17,7 @@ DEPTH = 4  # the inner size of a product is a multiple of it
 _TILE = 4  # tokens that share a reading of a panel: their sums fill the registers of AVX2
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
-_TO_READ_SOON = [ir.Constant(ir.IntType(32), value) for value in (0, 2, 1)]  # read, into L2, data
+_AHEAD = 1024  # bytes
 _SUMS = ("contract", "nsz", "reassoc")
 
 
@@ -25,19 +25,22 @@ def _one() -> Any:
     return ir.Constant(_WORD, 1)
 
 
-def _prefetch(module: Any) -> Any:
-    """The instruction that asks for a line of memory and does not wait."""
+def _prefetch(builder: Any, address: Any, into: int) -> None:
+    """Ask for a line of memory, to be read from cache level `into`, and do not wait."""
     kind = ir.FunctionType(ir.VoidType(), [_BYTES, *[ir.IntType(32)] * 3])
-    return cgutils.get_or_insert_function(module, kind, "llvm.prefetch.p0i8")
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    to_read, locality, data = (ir.Constant(ir.IntType(32), value) for value in (0, 4 - into, 1))
+    builder.call(instruction, [address, to_read, locality, data])
 
 
-def _adder(tokens: int, asks: bool) -> Any:
+def _adder(tokens: int, asks: str = "") -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
     Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype or int8, what each
     column of w is multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and
-    y, the panel, and which of how many calls for this panel it is. If it `asks`, these share the
-    work of asking for the next panel, so that memory is not idle while a panel is used again.
+    y, the panel, and which of how many calls for this panel it is. It may ask for memory before it
+    is needed: "ahead" in the order it reads; or the "next" panel, a job that all calls for this
+    panel share, so that memory is not idle while a panel is used again.
     """
     chains = max(1, _TILE // tokens)  # sums that do not wait for each other
 
@@ -105,9 +108,12 @@ def _adder(tokens: int, asks: bool) -> Any:
             for chain in range(chains):
                 at = builder.add(k, ir.Constant(_WORD, chain))
                 place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
-                if asks:
-                    ahead = builder.gep(following_panel, [builder.mul(at, step)])
-                    builder.call(_prefetch(builder.module), [ahead, *_TO_READ_SOON])
+                if asks == "ahead":
+                    here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
+                    _prefetch(builder, builder.gep(here, [ir.Constant(_WORD, _AHEAD)]), into=1)
+                elif asks == "next":
+                    soon = builder.gep(following_panel, [builder.mul(at, step)])
+                    _prefetch(builder, soon, into=2)
                 loaded = load(weights, place, w.dtype.bitwidth // 8)
                 if whole:
                     loaded = builder.sitofp(loaded, vector)
@@ -141,7 +147,8 @@ def _adder(tokens: int, asks: bool) -> Any:
     return intrinsic(add_panel)
 
 
-add_one, add_two, add_three, add_four = (_adder(n, asks=True) for n in range(1, _TILE + 1))
-# One or two tokens alone leave processors time to follow the memory by themselves: asking only
-# disturbs them.
-add_one_alone, add_two_alone = (_adder(n, asks=False) for n in (1, 2))
+# One token alone leaves processors time to follow the memory by themselves: asking only disturbs
+# them. With two to four they look too few lines ahead.
+add_one_alone = _adder(1)
+add_two_alone, add_three_alone, add_four_alone = (_adder(n, "ahead") for n in (2, 3, 4))
+add_one, add_two, add_three, add_four = (_adder(n, "next") for n in (1, 2, 3, 4))
