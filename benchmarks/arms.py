@@ -195,18 +195,22 @@ def judge(
         if runs.exit_layers and "on" not in keywords:
             row |= {count: sum(getattr(r, count) for r in runs.reports) for count in COUNTS}
             row["decode_tokens_per_s"] = runs.decode_tokens_per_s
+            row["decode_speedup"] = runs.decode_tokens_per_s / reference.decode_tokens_per_s
             if not keywords.get("lossless"):  # there every draft runs at full depth later
-                row |= _depths(runs, n_layers, row["wall_speedup"])
+                row |= _depths(runs, n_layers, row["wall_speedup"], row["decode_speedup"])
         rows[name] = row
     return rows
 
 
-def _depths(runs: Runs, n_layers: int, wall_speedup: float) -> dict[str, Any]:
+def _depths(
+    runs: Runs, n_layers: int, wall_speedup: float, decode_speedup: float
+) -> dict[str, Any]:
     layer_speedup = n_layers / mean_depth(runs)
     return {
         "mean_depth": mean_depth(runs),
         "layer_speedup": layer_speedup,
         "realised_share": _share(wall_speedup, layer_speedup),
+        "decode_realised_share": _share(decode_speedup, layer_speedup),
     }
 
 

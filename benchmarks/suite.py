@@ -203,15 +203,16 @@ def _show(found: dict[str, Any], args: argparse.Namespace) -> None:
     ui.table(
         f"{found['model']}: {found['n_layers']} layers, up to {args.tokens} new tokens, "
         f"{args.rounds} rounds, {args.device}",
-        ("", "tok/s", "wall_speedup", "mean_depth", "layer_speedup", "realised", "agreement"),
+        ("", "tok/s", "wall_speedup", "decode", "layer_speedup", "realised", "decode", "agreement"),
         (
             (
                 arm["label"],
                 arm["tokens_per_s"],
                 arm["wall_speedup"],
-                arm.get("mean_depth"),
+                arm.get("decode_speedup"),
                 arm.get("layer_speedup"),
                 arm.get("realised_share"),
+                arm.get("decode_realised_share"),
                 arm["agreement"],
             )
             for arm in found["arms"].values()
