@@ -203,7 +203,16 @@ def _show(found: dict[str, Any], args: argparse.Namespace) -> None:
     ui.table(
         f"{found['model']}: {found['n_layers']} layers, up to {args.tokens} new tokens, "
         f"{args.rounds} rounds, {args.device}",
-        ("", "tok/s", "wall_speedup", "decode", "layer_speedup", "realised", "decode", "agreement"),
+        (
+            "",
+            "tok/s",
+            "wall_speedup",
+            "decode_speedup",
+            "layer_speedup",
+            "realised",
+            "decoding",
+            "agreement",
+        ),
         (
             (
                 arm["label"],

@@ -64,7 +64,7 @@ def test_arms_of_the_mechanism_run_at_the_depth_they_say(monkeypatch):
     )
     rows = found["arms"]
     assert not found["skipped"]
-    assert rows["full_depth"]["wall_speedup"] == 1.0
+    assert rows["full_depth"]["wall_speedup"] == rows["full_depth"]["decode_speedup"] == 1.0
     assert rows["full_depth"]["mean_depth"] == rows["armed"]["mean_depth"] == 4
     # The first token comes from the prefill; 6 of the other 20 run deep, 14 leave after layer 1.
     deep = shapes.script(1, 4, 0.3, 22)[1:21].count(4)
@@ -72,6 +72,10 @@ def test_arms_of_the_mechanism_run_at_the_depth_they_say(monkeypatch):
         expected = (4 * (deep + 1) + (20 - deep)) / 21
         assert rows[f"exit_0.25_{kv}"]["mean_depth"] == pytest.approx(expected)
         assert rows[f"exit_0.25_{kv}"]["deep_passes"] >= deep
+        row = rows[f"exit_0.25_{kv}"]
+        for speedup, share in (("wall", "realised_share"), ("decode", "decode_realised_share")):
+            gained = row[f"{speedup}_speedup"] - 1
+            assert row[share] == pytest.approx(gained / (row["layer_speedup"] - 1))
     lossless = rows["lossless"]
     assert lossless["drafted"] == lossless["accepted"] > 0 and "mean_depth" not in lossless
     assert {"cut_2", "transformers", "transformers_static", "transformers_early_exit"} <= set(rows)
