@@ -15,7 +15,8 @@ from adaptive_gen.decoder import Decoder
 from adaptive_gen.engine import compiled
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.compiled import CompiledConfidences, in_panels, padding
+from adaptive_gen.engine.compiled import in_panels, padding
+from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.kernels import cpu, panels
 from adaptive_gen.settings import state

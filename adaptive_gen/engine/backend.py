@@ -13,15 +13,8 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import (
-    CompiledConfidences,
-    CompiledModel,
-    CompiledReadout,
-    CompiledSegment,
-    Desk,
-    compiling,
-    prepared,
-)
+from .compiled import CompiledModel, CompiledSegment, Desk, compiling, prepared
+from .compiled_readout import CompiledConfidences, CompiledReadout
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..confidence import Confidences, Summary
 from .cache import KVCache, Span
-from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
+from .fused import FusedModel, FusedSegment, Matrix
 from .int8 import Int8Matrix
 from .positions import SLIDING, Positions
 from .workspace import Sizes, Workspace
@@ -344,42 +343,3 @@ def _timed(run: Callable[[], object]) -> float:
     clock = time.perf_counter()
     run()
     return time.perf_counter() - clock
-
-
-class CompiledReadout:
-    """The final norm and the LM head, for few rows compiled."""
-
-    def __init__(self, fused: FusedReadout):
-        """Take the prepared weights over."""
-        self._long, self.floor = fused, float(fused.floor)
-        self.panels, self.scale = in_panels(fused.head, fused.floor)
-        head = fused.head
-        self.vocab = len(head.scale) if isinstance(head, Int8Matrix) else head.shape[1]
-
-    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
-        """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        rows = hidden.shape[0]
-        if rows > MOST_TOKENS:
-            return self._long(hidden)
-        cpu = kernel("cpu")
-        logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
-        x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
-        normed = np.empty(x.shape, x.dtype)
-        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy())
-        return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
-
-
-class CompiledConfidences(Confidences):
-    """`Confidences` that read the logits once for all they need."""
-
-    def __init__(self, confidences: Confidences):
-        """Measure as `confidences` does."""
-        super().__init__(confidences.measure, confidences.maps, confidences.gate)
-
-    def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
-        """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
-        cpu = kernel("cpu")
-        rows = np.empty((logits.shape[0], 5))
-        cpu.summarise(logits.contiguous().numpy(), rows)
-        found = [Summary(*row) for row in rows.tolist()]
-        return self.of_summaries(found, logits.shape[-1], exit_layer, measure)

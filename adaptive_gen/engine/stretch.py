@@ -17,13 +17,8 @@ from torch import nn
 from ..confidence import GATE
 from ..policy import ByThreshold
 from . import compiled
-from .compiled import (
-    MOST_TOKENS,
-    CompiledConfidences,
-    CompiledReadout,
-    CompiledSegment,
-    Desk,
-)
+from .compiled import MOST_TOKENS, CompiledSegment, Desk
+from .compiled_readout import CompiledConfidences, CompiledReadout
 from .drafts import DraftLength
 from .fusing import gain
 from .scheduler import Scheduler
@@ -69,14 +64,11 @@ class Stretch:
         layers = model.weights, model.scales, model.biases, model.floors, model.windows
         embedding = scheduler.decoder.plain_embedding
         assert embedding is not None
-        panels = readout.panels
-        logits = np.zeros((self._rows_read, panels.shape[0] * panels.shape[2]), _dtype(like))
-        normed = np.zeros((self._rows_read, sizes.hidden), logits.dtype)
-        head = panels, readout.scale, readout.floor, normed, logits, readout.vocab
+        head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
         self._model = embedding.weight.detach().numpy(), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
-        self._measure = compiled.kernel("decode").MEASURES.index(measure)
+        self._measure = compiled.kernel("screen").MEASURES.index(measure)
         self._least: dict[tuple[int, float], float] = {}
         self._pace = 1
 

@@ -16,8 +16,9 @@ in front of it, with all that waits there for them. What changes with several te
 
 from typing import Any
 
-from .cpu import compiled, read_out, run_layers, summary
-from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, gate_of, measured
+from .cpu import compiled, run_layers
+from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, gate_of
+from .screen import GATE, leaves, look, token_of
 
 
 @compiled
@@ -93,16 +94,15 @@ def _ask(
     _, _, counts, _, stages, _, _ = state
     asked, least, firsts, measure = asking
     tokens, exits, confidences, done = results
-    panels, scale, floor, normed, logits, vocab = model[2]
-    gates, last, asks = model[3], counts.shape[0] - 1, 0
+    head, gates, last, asks = model[2], model[3], counts.shape[0] - 1, 0
     for n in range(rows):
         r = taking[0, n]
         at = firsts[r] + done[r]
         if s < last and (not asked[at, s] or counts[s + 1, r] > cap):
             continue
         newest[asks] = x[taking[1, n]]
-        if s < last and measure == 3:
-            raw = gate_of(newest[asks : asks + 1], floor, gates[0][s], gates[1][s], normed)
+        if s < last and measure == GATE:
+            raw = gate_of(newest[asks : asks + 1], head[2], gates[0][s], gates[1][s], head[3])
             if raw < least[at, s]:
                 continue
             confidences[r, done[r]] = raw
@@ -110,17 +110,18 @@ def _ask(
         asks += 1
     if not asks:
         return
-    read_out(newest[:asks], floor, panels, scale, normed, logits[:asks])
+    look(newest[:asks], head)
     for n in range(asks):
         r = taking[0, n]
         i = done[r]
-        found = summary(logits[n, :vocab])
-        if s < last and measure != 3:
-            raw = measured(found, vocab, measure)
-            if raw < least[firsts[r] + i, s]:
+        if s < last and measure != GATE:
+            raw, token = leaves(n, least[firsts[r] + i, s], measure, head)
+            if token < 0:
                 continue
             confidences[r, i] = raw
-        tokens[r, i], exits[r, i] = int(found[2]), s
+        else:
+            token = token_of(n, head)
+        tokens[r, i], exits[r, i] = token, s
         done[r] += 1
         stages[r] = -1
 

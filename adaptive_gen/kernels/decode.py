@@ -7,17 +7,16 @@ thresholds, worked out beforehand for every position.
 What belongs together travels together:
 
 - `model`: embedding [vocab, hidden]; weights, scales, biases, floors and windows of the layers, see
-  `cpu.run_layers`; panels, scale and floor of `cpu.read_out`, normed [1, hidden], logits [rows,
-  vocab in whole panels] and how many of these are tokens; the gates' weights [exits, hidden], for
-  what `cpu.norm` gives, and biases [exits]; layers that have run before each segment, and all of
-  them, [segments + 1].
+  `cpu.run_layers`; the head, see `screen`; the gates' weights [exits, hidden], for what `cpu.norm`
+  gives, and biases [exits]; layers that have run before each segment, and all of them,
+  [segments + 1].
 - `desk`: hidden states [room, hidden in whole panels]; places [room, 2]; turns of every position;
   buffers of `cpu.run_layers`. `room` is that of a block which catches up.
 - `state`, which changes: keys and values, see `cpu.run_layers`, with room for all tokens; what
   waits in front of each segment, [segments, room, hidden in whole panels], and how much,
   [segments]; tokens that each segment's layers hold, [segments]; tallies [3].
 - `asking`: whether an exit is checked, for each new token, [tokens, exits]; the raw confidence it
-  is left with, [tokens, exits]; the measure as an index of `MEASURES`.
+  is left with, [tokens, exits]; the measure as an index of `screen.MEASURES`.
 - `results`, which get the new tokens, the segment after which each was read out, and the raw
   confidences of those that left early, [tokens] each.
 
@@ -27,20 +26,10 @@ Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 import math
 from typing import Any
 
-from .cpu import compiled, norm, read_out, run_layers, store_layers, summary
+from .cpu import compiled, norm, run_layers, store_layers
+from .screen import GATE, leaves, look, token_of
 
 LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` counts them
-MEASURES = ("margin", "max_prob", "entropy", "gate")
-
-
-@compiled
-def measured(found: Any, vocab: int, measure: int) -> float:
-    """A measure of a summary, as `confidence.of_summary` has it."""
-    top, second, _, total, entropy = found
-    if measure == 2:
-        return min(1.0, max(0.0, 1.0 - entropy / math.log(vocab)))
-    largest = math.exp(top - total)
-    return largest if measure == 1 else largest - math.exp(second - total)
 
 
 @compiled
@@ -54,11 +43,10 @@ def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
 
 
 @compiled
-def read(newest: Any, head: Any) -> Any:
-    """The summary of what a hidden state [1, hidden] says."""
-    panels, scale, floor, normed, logits, vocab = head
-    read_out(newest, floor, panels, scale, normed, logits[:1])
-    return summary(logits[0, :vocab])
+def read(newest: Any, head: Any) -> int:
+    """The token that a hidden state [1, hidden] says."""
+    look(newest, head)
+    return token_of(0, head)
 
 
 @compiled
@@ -69,12 +57,11 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     """
     _, _, head, gate, _ = model
     _, least, measure = asking
-    if measure == 3:
+    if measure == GATE:
         raw = gate_of(newest, head[2], gate[0][s], gate[1][s], head[3])
-        return raw, int(read(newest, head)[2]) if raw >= least[i, s] else -1
-    found = read(newest, head)
-    raw = measured(found, head[5], measure)
-    return raw, int(found[2]) if raw >= least[i, s] else -1
+        return raw, read(newest, head) if raw >= least[i, s] else -1
+    look(newest, head)
+    return leaves(0, least[i, s], measure, head)
 
 
 @compiled
@@ -252,7 +239,7 @@ def decode(
     for i in range(len(tokens)):
         chosen, block = descend(i, token, cap, propagate, model, desk, state, asking, results)
         if chosen < 0:
-            chosen = int(read(x[block - 1 : block], model[2])[2])
+            chosen = read(x[block - 1 : block], model[2])
             tokens[i], exits[i] = chosen, last
         s = exits[i] + 1
         while propagate and s <= last and counts[s] > cap:

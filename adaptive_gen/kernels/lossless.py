@@ -9,8 +9,9 @@ from typing import Any
 from numba import njit
 
 from ..engine import drafts as drafting
-from .cpu import compiled, read_out, summary
+from .cpu import compiled
 from .decode import CAUGHT_UP, among, descend, run, take, wait
+from .screen import look, token_of
 
 _observe = njit(drafting.observe, cache=True)
 _best_length = njit(drafting.best_length, cache=True)
@@ -46,13 +47,12 @@ def _judge(drafted: Any, first: int, wanted: int, x: Any, head: Any) -> Any:
         How many drafts stood, and the token full depth chose in the place of the next one, or of
         the token that follows all; -1 if all stood and none follows.
     """
-    panels, scale, floor, normed, logits, vocab = head
-    for start in range(0, wanted, logits.shape[0]):
-        rows = min(logits.shape[0], wanted - start)
-        hidden = x[first + start : first + start + rows]
-        read_out(hidden, floor, panels, scale, normed, logits[:rows])
+    most = head[4].shape[0]
+    for start in range(0, wanted, most):
+        rows = min(most, wanted - start)
+        look(x[first + start : first + start + rows], head)
         for row in range(rows):
-            token = int(summary(logits[row, :vocab])[2])
+            token = token_of(row, head)
             if start + row == len(drafted) or token != drafted[start + row]:
                 return start + row, token
     return len(drafted), -1

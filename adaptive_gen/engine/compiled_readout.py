@@ -1,0 +1,82 @@
+"""The LM head of the back end `compiled`, and the confidences in what it says."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..confidence import Confidences, Summary
+from .compiled import MOST_TOKENS, PANEL, in_panels, kernel, padding
+from .fused import FusedReadout, Matrix
+from .int8 import Int8Matrix
+
+# A smaller head stays in the caches, where reading less of it gains nothing.
+SCREENED_BYTES = 1 << 20
+
+
+class CompiledReadout:
+    """The final norm and the LM head, for few rows compiled."""
+
+    def __init__(self, fused: FusedReadout):
+        """Take the prepared weights over."""
+        self._long, self.floor = fused, float(fused.floor)
+        self.panels, self.scale = in_panels(fused.head, fused.floor)
+        head = fused.head
+        self.vocab = len(head.scale) if isinstance(head, Int8Matrix) else head.shape[1]
+        self._screen = _screen(head, fused.floor)
+
+    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
+        """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
+        rows = hidden.shape[0]
+        if rows > MOST_TOKENS:
+            return self._long(hidden)
+        cpu = kernel("cpu")
+        logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
+        x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
+        normed = np.empty(x.shape, x.dtype)
+        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy())
+        return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
+
+    def with_room(self, rows: int) -> tuple[Any, ...]:
+        """The head as `kernels.screen` has it, with buffers of its own for `rows` hidden states."""
+        panels, dtype = self.panels.shape[0], self.scale.dtype
+        normed = np.zeros((rows, self.panels.shape[1]), dtype)
+        logits = np.zeros((rows, panels * PANEL), dtype)
+        screen = *self._screen, np.zeros(panels, np.bool_), np.zeros(PANEL, dtype)
+        return self.panels, self.scale, self.floor, normed, logits, self.vocab, screen
+
+
+def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
+    """Steps, scale, doubt and its powers as `kernels.screen` has them, for a head [hidden, vocab].
+
+    There are none for a small head, nor for one that is in 8 bits itself.
+    """
+    if isinstance(head, Int8Matrix) or head.numel() * head.element_size() < SCREENED_BYTES:
+        none = like.new_zeros(0).numpy()
+        return np.zeros((0, 0, PANEL), np.int8), none, none, none, none
+    rounded = Int8Matrix.of(head)
+    steps, scale = in_panels(rounded, like)
+    # What rounding weights leaves out, and what both products may lose by rounding their sums.
+    sums = 4 * head.shape[0] * torch.finfo(head.dtype).eps
+    lost = torch.linalg.vector_norm(head - rounded.float().to(head.dtype), dim=0)
+    doubt = lost + sums * torch.linalg.vector_norm(head, dim=0)
+    doubt = F.pad(doubt, (0, padding(len(doubt))))
+    return steps, scale, *(part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
+
+
+class CompiledConfidences(Confidences):
+    """`Confidences` that read the logits once for all they need."""
+
+    def __init__(self, confidences: Confidences):
+        """Measure as `confidences` does."""
+        super().__init__(confidences.measure, confidences.maps, confidences.gate)
+
+    def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
+        """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
+        cpu = kernel("cpu")
+        rows = np.empty((logits.shape[0], 5))
+        cpu.summarise(logits.contiguous().numpy(), rows)
+        found = [Summary(*row) for row in rows.tolist()]
+        return self.of_summaries(found, logits.shape[-1], exit_layer, measure)

@@ -1,0 +1,202 @@
+"""What hidden states say, from an eighth to a half of the LM head: a screen, and a closer look.
+
+A check wants to know which token is likeliest and whether it is likely enough; full depth, only the
+first. Most of the head has no say in either. So all logits are first worked out from the head in 8
+bits, the *screen*, a quarter of the memory; how far each can be off is known, for a product with a
+vector of length at most 1 errs by no more than the length of the column's own error. Then just the
+panels that may hold the largest logits are multiplied as they are, and more of them, those with the
+most probability first, while a threshold lies between what the confidence is at least and at most.
+The token and whether it leaves are those of the whole head.
+
+- `head`: panels, scale and floor of `cpu.read_out`, normed [rows, hidden], logits [rows, vocab in
+  whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL], int8,
+  no panels at all where there is no screen; and of each column, [vocab in whole panels], the scale,
+  by how much a logit may be off, and e to the power of plus and of minus that; then whether a panel
+  is known exactly, [panels], and room for the PANEL best logits.
+- `row`: of the normed states and of the logits.
+"""
+
+import math
+from typing import Any
+
+from .cpu import _exp, add_product, compiled, norm, read_out, summary
+from .panels import PANEL, add_one_alone
+
+MEASURES = ("margin", "max_prob", "entropy", "gate")
+MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
+# The confidence of a token that leaves is known to half of this, of 1, without more of the head.
+WIDTH = 0.01
+# How far below the largest logit panels are looked at closely: at first, then all.
+_DEPTHS = (0.0, 3.0, 6.0, math.inf)
+
+
+@compiled
+def look(x: Any, head: Any) -> None:
+    """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
+    panels, scale, floor, normed, logits, vocab, screen = head
+    rows, steps = x.shape[0], screen[0]
+    if not steps.shape[0]:
+        read_out(x, floor, panels, scale, normed, logits[:rows])
+        return
+    norm(x, floor, normed, rows)
+    logits[:rows] = 0
+    add_product(normed, steps, screen[1], logits, rows)
+    logits[:rows, vocab:] = -math.inf
+
+
+@compiled
+def _bar(row: int, head: Any) -> Any:
+    """What the second largest logit is at least: the largest of two of PANEL lanes, at least."""
+    logits, (_, _, doubt, _, _, exact, best) = head[4], head[6]
+    exact[:] = False
+    best[:] = -math.inf
+    for panel in range(len(exact)):
+        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
+        off = doubt[PANEL * panel : PANEL * (panel + 1)]
+        for lane in range(PANEL):
+            least = at[lane] - off[lane]
+            best[lane] = least if least > best[lane] else best[lane]
+    top = second = best.dtype.type(-math.inf)
+    for lane in range(PANEL):
+        if best[lane] > top:
+            top, second = best[lane], top
+        elif best[lane] > second:
+            second = best[lane]
+    return top, second
+
+
+@compiled
+def _sharpen(row: int, bar: float, head: Any) -> None:
+    """Make the logits exact in all panels where one may reach the bar."""
+    panels, scale, _, normed, logits, vocab, (_, _, doubt, _, _, exact, _) = head
+    for panel in range(len(exact)):
+        if exact[panel]:
+            continue
+        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
+        off = doubt[PANEL * panel : PANEL * (panel + 1)]
+        reach = 0
+        for lane in range(PANEL):
+            reach += at[lane] + off[lane] >= bar
+        if reach:
+            at[:] = 0
+            add_one_alone(normed, panels, scale, logits, row, panel, 0, 1)
+            exact[panel] = True
+    if exact[len(exact) - 1]:
+        logits[row, vocab:] = -math.inf
+
+
+@compiled
+def _largest(row: int, head: Any) -> Any:
+    """The largest exact logit, the second, and the token of the first."""
+    logits, exact = head[4], head[6][5]
+    top = second = logits.dtype.type(-math.inf)
+    token = 0
+    for panel in range(len(exact)):
+        if not exact[panel]:
+            continue
+        for n in range(PANEL * panel, PANEL * (panel + 1)):
+            if logits[row, n] > top:
+                top, second, token = logits[row, n], top, n
+            elif logits[row, n] > second:
+                second = logits[row, n]
+    return top, second, token
+
+
+@compiled
+def token_of(row: int, head: Any) -> int:
+    """The token of the largest logit, the first of equals."""
+    logits, vocab = head[4], head[5]
+    if not head[6][0].shape[0]:
+        best, token = logits[row, 0], 0
+        for n in range(vocab):
+            if logits[row, n] > best:
+                best, token = logits[row, n], n
+        return token
+    _sharpen(row, _bar(row, head)[0], head)
+    return _largest(row, head)[2]
+
+
+@compiled
+def _sums(at: Any, grow: Any, shrink: Any, top: Any) -> Any:
+    """Sums of e to the power of logits below the top: at most, and at least."""
+    most = least = top * 0
+    for n in range(len(at)):
+        share = _exp(at[n] - top)
+        most += share * grow[n]
+        least += share * shrink[n]
+    return most, least
+
+
+@compiled
+def _mass(row: int, top: Any, head: Any) -> Any:
+    """The sum over all tokens of exp(logit - top): at most, and at least."""
+    logits, (_, _, _, grow, shrink, exact, _) = head[4], head[6]
+    most = least = top * 0
+    start = 0
+    for panel in range(len(exact) + 1):
+        end = PANEL * panel
+        if panel < len(exact) and not exact[panel]:
+            continue
+        more, less = _sums(logits[row, start:end], grow[start:end], shrink[start:end], top)
+        most, least = most + more, least + less
+        start = end + PANEL
+        if panel < len(exact):
+            for n in range(end, start):
+                share = _exp(logits[row, n] - top)
+                most += share
+                least += share
+    return most, least
+
+
+@compiled
+def measured(found: Any, vocab: int, measure: int) -> float:
+    """A measure of a summary, as `confidence.of_summary` has it."""
+    top, second, _, total, entropy = found
+    if measure == ENTROPY:
+        return min(1.0, max(0.0, 1.0 - entropy / math.log(vocab)))
+    largest = math.exp(top - total)
+    return largest if measure == MAX_PROB else largest - math.exp(second - total)
+
+
+@compiled
+def _read_whole(row: int, head: Any) -> Any:
+    """The summary of exact logits."""
+    panels, scale, _, normed, logits, vocab, screen = head
+    if screen[0].shape[0]:
+        logits[row] = 0
+        for panel in range(panels.shape[0]):
+            add_one_alone(normed, panels, scale, logits, row, panel, 0, 1)
+    return summary(logits[row, :vocab])
+
+
+@compiled
+def leaves(row: int, least: float, measure: int, head: Any) -> Any:
+    """Whether a token may leave: by margin, max_prob or entropy.
+
+    Args:
+        row: see above.
+        least: raw confidence it needs.
+        measure: index of `MEASURES`.
+        head: see above.
+
+    Returns:
+        The raw confidence, to half of `WIDTH` if the token leaves and else on the right side of
+        `least`; and the token, -1 if it goes on.
+    """
+    if measure == ENTROPY or not head[6][0].shape[0]:  # all tokens have a say in an entropy
+        found = _read_whole(row, head)
+        raw = measured(found, head[5], measure)
+        return raw, int(found[2]) if raw >= least else -1
+    top, bar = _bar(row, head)
+    for depth in _DEPTHS:
+        _sharpen(row, min(bar, top - depth), head)
+        top, second, token = _largest(row, head)
+        bar = second
+        share = 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
+        most, fewest = _mass(row, top, head)
+        low, high = share / most, share / fewest
+        if high < least:
+            return high, -1
+        if low >= least and high - low <= WIDTH:
+            return (low + high) / 2, token
+    return low, token if low >= least else -1
