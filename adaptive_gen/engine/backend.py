@@ -13,7 +13,7 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledModel, CompiledSegment, Desk, compiling, prepared
+from .compiled import CompiledModel, CompiledSegment, Desk, compiling, most_tokens, prepared
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
@@ -45,7 +45,21 @@ MOST_COPIED_BYTES = 2 << 30
 
 def _hooked(module: Any) -> bool:
     """Whether calling the module does more than its class says; accelerate has hooks of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module))
+
+
+def _within(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it: what `modules()` finds, without names and sooner."""
+    found = [module]
+    for this in found:  # which grows meanwhile
+        found += [child for child in this._modules.values() if child is not None]
+    return found
+
+
+def _weights(module: nn.Module) -> list[Any]:
+    """The parameters of a module and all below it."""
+    own = (part._parameters.values() for part in _within(module))
+    return [weight for weights in own for weight in weights if weight is not None]
 
 
 def _size(weights: Sequence[Any]) -> int:
@@ -143,7 +157,7 @@ class Backend:
             self.name += "-int8"
         if compiled is None:
             return [*segments]
-        desk = Desk(self._fused.sizes, self._fused.qk_floor)
+        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
         return [CompiledSegment(compiled, segment, desk) for segment in segments]
 
     def cache(self, capacity: int, batch: int) -> KVCache:
@@ -260,9 +274,9 @@ class Backend:
         layers = self.decoder.layers
         if layers.training:
             return "the model is in training mode"
-        if any(map(_hooked, layers.modules())):
+        if any(map(_hooked, _within(layers))):
             return "hooks on its layers would not be called"
-        weights = list(layers.parameters())
+        weights = _weights(layers)
         others = {type(w).__name__ for w in weights if type(w) is not nn.Parameter}
         if others:
             return f"its weights are no plain tensors but {', '.join(sorted(others))}"
@@ -291,7 +305,7 @@ class Backend:
         return self._causes["compiled"]
 
     def _unfit_for_fused(self) -> str:
-        weights = list(self.decoder.layers.parameters())
+        weights = _weights(self.decoder.layers)
         if self._too_large(weights):
             return f"copies of its layers would take {_size(weights) / 2**30:.1f} GiB"
         signature = _signature(weights)
@@ -306,7 +320,7 @@ class Backend:
         return "" if self._fused is not None else self._causes["fused"]
 
     def _unfit_for_graphs(self, name: str) -> str:
-        signature = _addresses(list(self.decoder.layers.parameters()))
+        signature = _addresses(_weights(self.decoder.layers))
         if signature != self._signatures.get("graphs"):
             self._graphs, self._signatures["graphs"] = None, signature
             try:

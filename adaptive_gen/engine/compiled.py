@@ -29,7 +29,9 @@ from .positions import SLIDING, Positions
 from .workspace import Sizes, Workspace
 
 PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
-MOST_TOKENS = 16  # of a block for which the kernels are quicker than general products
+# Of rows, for which the kernels are quicker than general products on any number of threads, and of
+# a block's tokens on one: the kernels have one themselves, and do as well on it up to a hundred.
+MOST_ROWS, MOST_ALONE = 16, 96
 _TRIALS = 5
 _DOUBT = 1.1  # noise in a trial's ratio, which must not change a machine's choice from run to run
 PATIENCE_S = 3.0  # what a first run of compiled code may take before somebody is told why
@@ -59,6 +61,11 @@ def compiling() -> Iterator[None]:
 def kernel(name: str) -> Any:
     """A module of `kernels`; only a process that decodes on a CPU has to load numba for one."""
     return import_module(f"..kernels.{name}", __package__)
+
+
+def most_tokens() -> int:
+    """How many tokens of a block the kernels run sooner than general products."""
+    return max(MOST_ROWS, MOST_ALONE // torch.get_num_threads())
 
 
 def unfit(model: FusedModel) -> str:
@@ -136,8 +143,9 @@ def _stacked(parts: list[Tensor | None], axes: int, like: Tensor) -> Any:
 class Desk:
     """Buffers of one generation's decoding steps; what runs in two threads must not share them."""
 
-    def __init__(self, sizes: Sizes, like: Tensor, room: int = MOST_TOKENS):
+    def __init__(self, sizes: Sizes, like: Tensor, room: int):
         """Make them for blocks of up to `room` tokens, in the dtype of `like`."""
+        self.room = room
         every = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         mixed = sizes.heads * sizes.head_dim
         self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
@@ -227,7 +235,7 @@ class CompiledSegment:
     def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        if sum(span.counts) > MOST_TOKENS:
+        if sum(span.counts) > self.desk.room:
             return self.long.run(hidden, cache, span)
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
@@ -255,7 +263,7 @@ class CompiledSegment:
     def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """K/V of a block for all layers."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        if sum(span.counts) > MOST_TOKENS:
+        if sum(span.counts) > self.desk.room:
             return self.long.store(hidden, cache, span)
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
@@ -335,7 +343,7 @@ def _ways(model: CompiledModel) -> list[Callable[[], object]]:
     long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes))
     hidden = like.new_ones(1, 1, fused.sizes.hidden)
     caches = KVCache(n_layers), KVCache(n_layers)
-    short = CompiledSegment(model, long, Desk(fused.sizes, like))
+    short = CompiledSegment(model, long, Desk(fused.sizes, like, room=1))
     return [lambda: short.run(hidden, caches[0]), lambda: long.run(hidden, caches[1])]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
-from .compiled import MOST_TOKENS, PANEL, in_panels, kernel, padding
+from .compiled import MOST_ROWS, PANEL, in_panels, kernel, padding
 from .fused import FusedReadout, Matrix
 from .int8 import Int8Matrix
 
@@ -30,7 +30,7 @@ class CompiledReadout:
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         rows = hidden.shape[0]
-        if rows > MOST_TOKENS:
+        if rows > MOST_ROWS:
             return self._long(hidden)
         cpu = kernel("cpu")
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))

@@ -17,7 +17,7 @@ from torch import nn
 from ..confidence import GATE
 from ..policy import ByThreshold
 from . import compiled
-from .compiled import MOST_TOKENS, CompiledSegment, Desk
+from .compiled import MOST_ROWS, CompiledSegment, Desk
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .drafts import DraftLength
 from .fusing import gain
@@ -228,8 +228,8 @@ def unfit(scheduler: Scheduler, lossless: bool) -> str:
     """Why a scheduler's texts cannot be decoded in stretches; empty if they can."""
     confidences, policy = scheduler.confidences, scheduler.policy
     embedding = scheduler.decoder.plain_embedding
-    if len(scheduler.rows) > MOST_TOKENS:
-        return f"it is one of more than {MOST_TOKENS}"
+    if len(scheduler.rows) > MOST_ROWS:
+        return f"it is one of more than {MOST_ROWS}"
     if len(scheduler.rows) * scheduler.rules.queue_cap * scheduler.last > MOST_WAITING:
         return "so many tokens may wait that buffers for all of them are too large"
     if len(scheduler.rows) > 1 and (scheduler.rules.kv, lossless) != ("recompute", False):
