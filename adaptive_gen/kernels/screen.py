@@ -1,4 +1,4 @@
-"""What hidden states say, from an eighth to a half of the LM head: a screen, and a closer look.
+"""What hidden states say, without reading most of the LM head: a screen, and a closer look.
 
 A check wants to know which token is likeliest and whether it is likely enough; full depth, only the
 first. Most of the head has no say in either. So all logits are first worked out from the head in 8
@@ -26,7 +26,7 @@ MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
 # The confidence of a token that leaves is known to half of this, of 1, without more of the head.
 WIDTH = 0.01
-# How far below the largest logit panels are looked at closely: at first, then all.
+# How far below the largest logit panels are looked at closely, step by step; in the end, all.
 _DEPTHS = (0.0, 3.0, 6.0, math.inf)
 
 
