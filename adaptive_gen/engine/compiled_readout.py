@@ -14,6 +14,7 @@ from .int8 import Int8Matrix
 
 # A smaller head stays in the caches, where reading less of it gains nothing.
 SCREENED_BYTES = 1 << 20
+_COLUMNS = 4096  # that are rounded at a time, so that a large head is not copied several times
 
 
 class CompiledReadout:
@@ -56,14 +57,19 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     if isinstance(head, Int8Matrix) or head.numel() * head.element_size() < SCREENED_BYTES:
         none = like.new_zeros(0).numpy()
         return np.zeros((0, 0, PANEL), np.int8), none, none, none, none
-    rounded = Int8Matrix.of(head)
-    steps, scale = in_panels(rounded, like)
-    # What rounding weights leaves out, and what both products may lose by rounding their sums.
+    # What both products may lose by rounding their sums, as a share of a column's length.
     sums = 4 * head.shape[0] * torch.finfo(head.dtype).eps
-    lost = torch.linalg.vector_norm(head - rounded.float().to(head.dtype), dim=0)
-    doubt = lost + sums * torch.linalg.vector_norm(head, dim=0)
+    steps, scales, doubts = [], [], []
+    for part in head.split(_COLUMNS, dim=1):
+        rounded = Int8Matrix.of(part)
+        lost = torch.linalg.vector_norm(part - rounded.float().to(part.dtype), dim=0)
+        doubts.append(lost + sums * torch.linalg.vector_norm(part, dim=0))
+        steps.append(rounded.steps)
+        scales.append(rounded.scale)
+    doubt = torch.cat(doubts)
     doubt = F.pad(doubt, (0, padding(len(doubt))))
-    return steps, scale, *(part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
+    powers = (part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
+    return *in_panels(Int8Matrix(torch.cat(steps), torch.cat(scales)), like), *powers
 
 
 class CompiledConfidences(Confidences):
