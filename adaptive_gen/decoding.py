@@ -315,7 +315,7 @@ class TokenLoop:
             rows=len(self.texts.rows),
             layers_run=self.scheduler.layers_run,
             certificate=self.settings.certificate,
-            unchecked=self.settings.unchecked,
+            unchecked=self.settings.unchecked or self.scheduler.thrift.account(),
             warm_up_s=self._backend.warm_up_s - self._warm_up_s,
         )
 

@@ -6,7 +6,7 @@ saves them; here they are checked and completed from the calibration.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import confidence as measures
@@ -125,7 +125,7 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
         )
     calibration = state.calibration
     point = _operating_point(given, calibration)
-    layers, unchecked = _checked(given, point, state, rows)
+    layers, unchecked, thrifty = _checked(given, point, state, rows)
     if given["policy"] is not None:
         _check_policy(given["policy"], layers)
     audit_floor = _audit_floor(given["audit_floor"])
@@ -140,7 +140,7 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
         exit_layers=layers,
         policy=policy,
         confidences=_confidences(given["confidence"], layers, state),
-        rules=_rules(given, state),
+        rules=replace(_rules(given, state), thrifty=thrifty),
         lossless=bool(given["lossless"]),
         audit=bool(given["audit"]) or audit_floor is not None,
         audit_floor=audit_floor,
@@ -152,29 +152,32 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
 
 def _checked(
     given: Mapping[str, Any], point: OperatingPoint | None, state: State, rows: int
-) -> tuple[tuple[int, ...], str]:
-    """The exits to check, full depth last, and why there is none where exits would not pay.
+) -> tuple[tuple[int, ...], str, bool]:
+    """The exits to check, full depth last; why none if they would not pay; whether to find out.
 
-    The caller's `exit_layers` are checked whatever they cost. Else a calibrated point brings its
-    own, and at a bare threshold the calibration knows which exits are worth their readouts.
+    The caller's `exit_layers` are checked whatever they cost, and so is what a policy asks. Else a
+    calibrated point brings its own, and at a bare threshold the calibration knows which exits are
+    worth their readouts. Where nothing was measured, the text has to show it (`engine.thrift`).
     """
     calibration, threshold = state.calibration, given["threshold"]
     if given["exit_layers"] is not None:
-        return exits.normalise(given["exit_layers"], state.n_layers), ""
+        return exits.normalise(given["exit_layers"], state.n_layers), "", False
+    if given["policy"] is not None:
+        return state.exit_layers, "", False
     if calibration is None:
-        return state.exit_layers, ""
+        return state.exit_layers, "", True
     if point is not None:
-        return point.exit_layers, calibration.unpaid(rows)
+        return point.exit_layers, calibration.unpaid(rows), False
     asked_for = ("confidence", "kv", "lossless", "audit", "audit_floor", "prefill")
     if not isinstance(threshold, float) or any(given[name] for name in asked_for):
-        return state.exit_layers, ""  # priced otherwise than the placement is
+        return state.exit_layers, "", True  # priced otherwise than the placement is
     placed = calibration.placed(threshold)
     if placed is None:
-        return state.exit_layers, ""
+        return state.exit_layers, "", True
     if not placed:
         reason = f"exits are not checked: at threshold {threshold:g} none is predicted to pay"
-        return state.exit_layers, f"{reason}; exit_layers=[...] checks them all the same"
-    return (*placed, state.n_layers), calibration.unpaid(rows)
+        return state.exit_layers, f"{reason}; exit_layers=[...] checks them all the same", False
+    return (*placed, state.n_layers), calibration.unpaid(rows), False
 
 
 def _rules(given: Mapping[str, Any], state: State) -> Rules:

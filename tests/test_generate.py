@@ -111,6 +111,7 @@ def test_the_report_adds_up(model):
         PROMPT,
         adaptive=True,
         threshold=0.3,
+        exit_layers=[2, 4, 6],
         min_new_tokens=30,
         max_new_tokens=30,
         return_dict_in_generate=True,

@@ -39,7 +39,8 @@ class BatchStretch(Stretch):
         state = memory, self._waiting, waiting, lengths, stages, shallow, tallies
         first = int(starts.min())
         tables = self._thresholds(first, int(starts.max()) - first + count + 1)
-        asking = *tables, starts - first, self._measure
+        thrift = scheduler.thrift
+        asking = *tables, starts - first, self._measure, thrift.worth, thrift.records
         shape, done = (len(rows), max(1, count)), np.zeros(len(rows), np.int64)
         results = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, math.nan)
         clock = time.perf_counter()

@@ -28,6 +28,7 @@ from .cache import KVCache
 from .queue import Queue, latest, newest
 from .rules import Readout, Row, Rules
 from .segment import Segment
+from .thrift import Thrift, worth_of
 
 
 class Scheduler:
@@ -60,6 +61,9 @@ class Scheduler:
         self.readout = readout or decoder.readout
         self.queues = [Queue(cache.batch) for _ in segments]
         self.rows = [Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
+        exit_layers = [segment.stop for segment in segments]
+        worth = worth_of(decoder, exit_layers, confidences) if self.rules.thrifty else None
+        self.thrift = Thrift(exit_layers, worth, cache.batch)
         self.deep_passes = 0  # runs of the last segment while decoding
         self.caught_up = 0  # pending tokens that got the last segment's K/V
         self.layers_run = 0  # while decoding: layers whose weights were read, over all passes
@@ -171,6 +175,7 @@ class Scheduler:
         for queue in self.queues:
             queue.keep(rows)
         self.rows = [self.rows[row] for row in rows]
+        self.thrift.keep(rows)
 
     def _next_segment(self) -> int:
         """The shallowest segment a newest token waits in front of, the first not too often."""
@@ -229,7 +234,9 @@ class Scheduler:
         for place, i in enumerate(rows):
             self.rows[i].stage = index + 1
             position = self.rows[i].position
-            if not self._must_go_on(index + 1, i) and self.policy.may_exit(exit_layer, position):
+            if self._must_go_on(index + 1, i) or not self.policy.may_exit(exit_layer, position):
+                continue
+            if self.thrift.due(i, index):
                 asked.append(place)
         if not asked:
             return None
@@ -249,7 +256,9 @@ class Scheduler:
         ):
             check = self._check(exit_layer, i, confidence, hidden, logits, place)
             self.rows[i].checks += (check,)
-            if self.policy.should_exit(check):
+            leaves = self.policy.should_exit(check)
+            self.thrift.observe(i, index, leaves)
+            if leaves:
                 leaving.append(place)
         if not leaving:
             return None

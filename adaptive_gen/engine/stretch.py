@@ -103,7 +103,8 @@ class Stretch:
         lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
         waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)
-        asking = (*self._thresholds(row.position + 1, room), self._measure)
+        tables, thrift = self._thresholds(row.position + 1, room), scheduler.thrift
+        asking = *tables, self._measure, thrift.worth, thrift.records[0]
         results = np.zeros(room, np.int64), np.zeros(room, np.int64), np.full(room, math.nan)
         clock = time.perf_counter()
         done = self._decode(

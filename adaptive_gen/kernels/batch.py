@@ -10,14 +10,15 @@ in front of it, with all that waits there for them. What changes with several te
 - `state`: what waits is [segments, rows, room of a row, hidden in whole panels], how much of it and
   the lengths [segments, rows]; then the segment each row's newest token waits in front of, -1 if it
   has left, [rows]; passes of the first segment since the others had their turn, [1]; tallies [3].
-- `asking`: tables as there, by position; where each row's next token is in them, [rows]; measure.
+- `asking`: tables as there, by position; where each row's next token is in them, [rows]; measure;
+  what one that leaves is worth, and records [rows, exits, 4].
 - `results`: [rows, tokens] each, and how many there are, [rows].
 """
 
 from typing import Any
 
 from .cpu import compiled, run_layers
-from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, gate_of
+from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, gate_of, observe
 from .screen import GATE, leaves, look, token_of
 
 
@@ -92,17 +93,20 @@ def _ask(
     """Let rows that have run segment s leave there, if they may."""
     x, _, _, newest, taking, _, _ = desk
     _, _, counts, _, stages, _, _ = state
-    asked, least, firsts, measure = asking
+    asked, least, firsts, measure, worth, records = asking
     tokens, exits, confidences, done = results
     head, gates, last, asks = model[2], model[3], counts.shape[0] - 1, 0
     for n in range(rows):
         r = taking[0, n]
         at = firsts[r] + done[r]
-        if s < last and (not asked[at, s] or counts[s + 1, r] > cap):
-            continue
+        if s < last:
+            may = asked[at, s] and counts[s + 1, r] <= cap
+            if not may or not due(records[r, s], worth[s]):
+                continue
         newest[asks] = x[taking[1, n]]
         if s < last and measure == GATE:
             raw = gate_of(newest[asks : asks + 1], head[2], gates[0][s], gates[1][s], head[3])
+            observe(records[r, s], worth[s], raw >= least[at, s])
             if raw < least[at, s]:
                 continue
             confidences[r, done[r]] = raw
@@ -116,6 +120,7 @@ def _ask(
         i = done[r]
         if s < last and measure != GATE:
             raw, token = leaves(n, least[firsts[r] + i, s], measure, head)
+            observe(records[r, s], worth[s], token >= 0)
             if token < 0:
                 continue
             confidences[r, i] = raw

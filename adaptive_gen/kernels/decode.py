@@ -16,7 +16,9 @@ What belongs together travels together:
   waits in front of each segment, [segments, room, hidden in whole panels], and how much,
   [segments]; tokens that each segment's layers hold, [segments]; tallies [3].
 - `asking`: whether an exit is checked, for each new token, [tokens, exits]; the raw confidence it
-  is left with, [tokens, exits]; the measure as an index of `screen.MEASURES`.
+  is left with, [tokens, exits]; the measure as an index of `screen.MEASURES`; what is known of the
+  exits' checks, see `thrift.due`: what one that leaves is worth, [exits], and the records, [exits,
+  4], which change.
 - `results`, which get the new tokens, the segment after which each was read out, and the raw
   confidences of those that left early, [tokens] each.
 
@@ -26,8 +28,14 @@ Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 import math
 from typing import Any
 
+from numba import njit
+
+from ..engine import thrift
 from .cpu import compiled, norm, run_layers, store_layers
 from .screen import GATE, leaves, look, token_of
+
+due = njit(thrift.due, cache=True)
+observe = njit(thrift.observe, cache=True)
 
 LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` counts them
 
@@ -56,12 +64,15 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     A token of -1 goes on.
     """
     _, _, head, gate, _ = model
-    _, least, measure = asking
+    _, least, measure, worth, records = asking
     if measure == GATE:
         raw = gate_of(newest, head[2], gate[0][s], gate[1][s], head[3])
-        return raw, read(newest, head) if raw >= least[i, s] else -1
-    look(newest, head)
-    return leaves(0, least[i, s], measure, head)
+        token = read(newest, head) if raw >= least[i, s] else -1
+    else:
+        look(newest, head)
+        raw, token = leaves(0, least[i, s], measure, head)
+    observe(records[s], worth[s], token >= 0)
+    return raw, token
 
 
 @compiled
@@ -174,7 +185,8 @@ def descend(
         on the desk; and the length of that block.
     """
     x = desk[0]
-    counts, asked, (tokens, exits, confidences) = state[2], asking[0], results
+    counts, (tokens, exits, confidences) = state[2], results
+    asked, _, _, worth, records = asking
     width, last = model[0].shape[1], len(counts) - 1
     x[0, :width] = model[0][token]
     block = 1
@@ -185,7 +197,8 @@ def descend(
             block = 1
         run(s, block, model, desk, state)
         wait(s + 1, block, x, state)
-        if asked[i, s] and (propagate or counts[s + 1] <= cap):
+        may = asked[i, s] and (propagate or counts[s + 1] <= cap)
+        if may and due(records[s], worth[s]):
             raw, chosen = _check(i, s, x[block - 1 : block], model, asking)
             if chosen >= 0:
                 tokens[i], exits[i], confidences[i] = chosen, s, raw
