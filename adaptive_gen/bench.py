@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .engine import team
 from .paired import Runs, agreement, interval, measure, wall_speedup
 from .policy import ThresholdPolicy
 from .prompts import Prompt, digest, inputs
@@ -135,6 +136,7 @@ def environment(model: Any) -> dict[str, Any]:
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "kernel_threads": team.threads(),  # of products in the back end `compiled`
     }
 
 

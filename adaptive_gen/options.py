@@ -143,12 +143,13 @@ def at_least_one(option: str, value: int | None) -> None:
 def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
     """The wrapped model and its tokenizer; see `adaptive_gen.load`.
 
-    It goes on a GPU where there is one. A small model on a CPU gets one thread, unless
-    OMP_NUM_THREADS says otherwise.
+    It goes on a GPU where there is one. For a small model on a CPU torch gets one thread, with
+    which it is quickest, unless OMP_NUM_THREADS says otherwise; compiled products keep theirs.
     """
     import torch
     from transformers.utils import logging
 
+    from .engine import team
     from .wrapping import load
 
     if not sys.stderr.isatty():
@@ -161,5 +162,6 @@ def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
     loaded, tokenizer = load(model, **placed, **keywords)
     small = loaded.config.get_text_config().hidden_size <= SMALL
     if loaded.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+        team.allow(torch.get_num_threads())
         torch.set_num_threads(1)
     return loaded, tokenizer

@@ -155,14 +155,15 @@ def _checked(
 ) -> tuple[tuple[int, ...], str, bool]:
     """The exits to check, full depth last; why none if they would not pay; whether to find out.
 
-    The caller's `exit_layers` are checked whatever they cost, and so is what a policy asks. Else a
-    calibrated point brings its own, and at a bare threshold the calibration knows which exits are
-    worth their readouts. Where nothing was measured, the text has to show it (`engine.thrift`).
+    The caller's `exit_layers` are checked whatever they cost, and so are exits with thresholds of
+    their own and what a policy asks. Else a calibrated point brings its own, and at one threshold
+    for all the calibration knows which exits are worth their readouts. Where nothing was measured,
+    the text has to show it (`engine.thrift`).
     """
     calibration, threshold = state.calibration, given["threshold"]
     if given["exit_layers"] is not None:
         return exits.normalise(given["exit_layers"], state.n_layers), "", False
-    if given["policy"] is not None:
+    if given["policy"] is not None or isinstance(threshold, Mapping):
         return state.exit_layers, "", False
     if calibration is None:
         return state.exit_layers, "", True

@@ -106,7 +106,8 @@ def _token(model: Any, prompt: Tensor) -> float:
 
 def _compiled_products(segment: CompiledSegment) -> Callable[[], object]:
     """The same by the kernels of `compiled`."""
-    from adaptive_gen.kernels import cpu
+    from adaptive_gen.engine import team
+    from adaptive_gen.kernels import products
 
     weights, scales = segment.model.weights, segment.model.scales
     dtype = segment.desk.x.dtype
@@ -116,9 +117,10 @@ def _compiled_products(segment: CompiledSegment) -> Callable[[], object]:
     ]
 
     def run() -> None:
+        helpers = team.ready()
         for layer in range(segment.start, segment.stop):
             for (x, y), matrix, scale in zip(buffers, weights, scales, strict=True):
-                cpu.add_product(x, matrix[layer], scale[layer], y, 1)
+                products.add_product(x, matrix[layer], scale[layer], y, 1, helpers)
 
     return run
 

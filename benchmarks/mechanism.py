@@ -91,8 +91,8 @@ def _own_arms(shape: Shape, model: Any, others: dict[str, Any], tokens: int) -> 
     found["gate_armed"] = _by_gate(found["armed"])
     # A bare threshold leaves it to the engine to find out that nothing ever leaves.
     found["armed_bare"] = Arm(
-        f"threshold 0.999 at exit {first}, never reached",
-        {"adaptive": True, "threshold": {first: 0.999}},
+        f"threshold 0.999 at exits {first} and {shape.exit_at(SCHEDULES[1][0])}, never reached",
+        {"adaptive": True, "threshold": 0.999},
     )
     for share, deep in SCHEDULES:
         early = shape.exit_at(share)

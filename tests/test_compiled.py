@@ -12,13 +12,13 @@ import torch
 import adaptive_gen
 from adaptive_gen.confidence import MEASURES, Confidences
 from adaptive_gen.decoder import Decoder
-from adaptive_gen.engine import compiled
+from adaptive_gen.engine import compiled, team
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled import in_panels, padding
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
-from adaptive_gen.kernels import cpu, panels
+from adaptive_gen.kernels import cpu, panels, products
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
@@ -27,7 +27,7 @@ PROMPT = torch.arange(3, 11)[None]
 def product(x, matrix, columns, tokens, first=0):
     w, scale = in_panels(matrix, x)
     y = np.ones((len(x), columns + padding(columns)), x.numpy().dtype)
-    cpu.add_product(x.numpy(), w, scale, y, tokens, first)
+    products.add_product(x.numpy(), w, scale, y, tokens, team.ready(), first)
     return torch.from_numpy(y)[:, :columns]
 
 

@@ -102,13 +102,17 @@ def test_a_threshold_that_nothing_reaches_is_soon_asked_rarely(tiny_llama, engin
     assert f"exit 2 was checked for {checked[0]} of 59 tokens" in out.report.unchecked
 
 
-@pytest.mark.parametrize("given", [{"exit_layers": [2, 4, 6]}, {"policy": None}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"threshold": 0.9999, "exit_layers": [2, 4, 6]},
+        {"threshold": {2: 0.9999, 4: 0.9999}},
+        {"policy": ThresholdPolicy({2: 0.9999, 4: 0.9999})},
+    ],
+    ids=["exits", "thresholds", "policy"],
+)
 def test_what_the_caller_names_is_asked_always(tiny_llama, given):
     model = wrapped(tiny_llama(eos_token_id=None))
-    if "policy" in given:
-        given = {"policy": ThresholdPolicy({2: 0.9999, 4: 0.9999})}
-    else:
-        given = {**given, "threshold": 0.9999}
     out = decoded(model, **given)
     assert out.report.unchecked == ""
     checked, passed = out.past_key_values._scheduler.thrift.counts().T

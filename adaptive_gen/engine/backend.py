@@ -13,7 +13,15 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledModel, CompiledSegment, Desk, compiling, most_tokens, prepared
+from .compiled import (
+    CompiledModel,
+    CompiledSegment,
+    Desk,
+    compiling,
+    most_tokens,
+    prepared,
+    threads,
+)
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
@@ -292,9 +300,9 @@ class Backend:
         reason = self._unfit_for_fused()
         if reason:
             return reason
-        # Which way is quicker depends on how many threads the other one has.
+        # Which way is quicker depends on how many threads each has.
         if_quicker = self.engine == "auto" and self._kept != "compiled"
-        signature = (self._signatures["fused"], torch.get_num_threads(), if_quicker)
+        signature = (self._signatures["fused"], torch.get_num_threads(), threads(), if_quicker)
         if signature != self._signatures.get("compiled"):
             assert self._fused is not None
             self._signatures["compiled"] = signature

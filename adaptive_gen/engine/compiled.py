@@ -30,8 +30,8 @@ from .workspace import Sizes, Workspace
 
 PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
 # Of rows, for which the kernels are quicker than general products on any number of threads, and of
-# a block's tokens on one: the kernels have one themselves, and do as well on it up to a hundred.
-MOST_ROWS, MOST_ALONE = 16, 96
+# a block's tokens where both have as many threads: there the kernels do as well up to a hundred.
+MOST_ROWS, MOST_TOKENS = 16, 96
 _TRIALS = 5
 _DOUBT = 1.1  # noise in a trial's ratio, which must not change a machine's choice from run to run
 PATIENCE_S = 3.0  # what a first run of compiled code may take before somebody is told why
@@ -63,9 +63,19 @@ def kernel(name: str) -> Any:
     return import_module(f"..kernels.{name}", __package__)
 
 
+def team() -> Any:
+    """Who may help the kernels now, as they take it; see `engine.team`."""
+    return import_module(".team", __package__).ready()
+
+
+def threads() -> int:
+    """How many threads the kernels may have."""
+    return import_module(".team", __package__).threads()
+
+
 def most_tokens() -> int:
     """How many tokens of a block the kernels run sooner than general products."""
-    return max(MOST_ROWS, MOST_ALONE // torch.get_num_threads())
+    return max(MOST_ROWS, MOST_TOKENS * threads() // max(torch.get_num_threads(), threads()))
 
 
 def unfit(model: FusedModel) -> str:
@@ -164,7 +174,7 @@ class Desk:
         """What the kernels work in, with room for scores of `seen` keys."""
         if len(self._work[-1]) < seen:
             self._work = (*self._buffers, np.zeros(1 << seen.bit_length(), self.x.dtype))
-        return self._work
+        return *self._work, team()
 
     def memory(self, kv: Tensor) -> Any:
         """The memory of a cache as an array."""
@@ -328,9 +338,7 @@ def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None,
         trials = [[_timed(way) for way in ways] for _ in range(_TRIALS)]
         compiled, fused = map(min, zip(*trials, strict=True))
         if compiled > fused * _DOUBT:
-            threads = torch.get_num_threads()
-            ratio = compiled / fused
-            reason = f"its one thread takes {ratio:.1f} times as long as fused with {threads}"
+            reason = f"it takes {compiled / fused:.1f} times as long as fused here"
             return None, reason, seconds
     return made, "", seconds
 

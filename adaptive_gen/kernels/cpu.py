@@ -14,24 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
-from .panels import (
-    PANEL,
-    add_four,
-    add_four_alone,
-    add_one,
-    add_one_alone,
-    add_three,
-    add_three_alone,
-    add_two,
-    add_two_alone,
-)
-
-# What may be reordered: sums. nan and infinity keep their meaning.
-_SUMS = {"contract", "reassoc", "nsz", "arcp"}
-compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
+from .panels import PANEL
+from .products import add_product, compiled
 
 
 def _bits_of_power(context: Any, exponent: Any) -> Any:
@@ -80,40 +67,6 @@ def _exp_of(x: Any) -> Any:
         return y * _power_of_two(np.int32(n))
 
     return exp if x == types.float32 else library_exp
-
-
-@compiled
-def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int = 0) -> None:
-    """Add x @ (w * scale) to y, for the first `tokens` of both.
-
-    Args:
-        x: [.., in or more]; `in` is a multiple of `DEPTH`.
-        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8.
-        scale: of each column, [panels * PANEL].
-        y: [.., panels * PANEL].
-        tokens: at least 1.
-        first: panel to begin with.
-    """
-    tiles = (tokens + 3) // 4
-    for panel in range(first, w.shape[0]):
-        for tile in range(tiles):
-            row = 4 * tile
-            if tokens == 1:
-                add_one_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 2:
-                add_two_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 3:
-                add_three_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 4:
-                add_four_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row >= 4:
-                add_four(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row == 3:
-                add_three(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row == 2:
-                add_two(x, w, scale, y, row, panel, tile, tiles)
-            else:
-                add_one(x, w, scale, y, row, panel, tile, tiles)
 
 
 @compiled
@@ -242,12 +195,13 @@ def run_layers(
         floors: what norms of hidden states, and of queries and keys, divide by at least.
         windows: of each layer, how many positions a token sees; 0 is all.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
-            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [capacity].
+            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [capacity],
+            and who helps with products, see `team`.
     """
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gains = biases
-    normed, projected, mixed, wide, scores = buffers
+    normed, projected, mixed, wide, scores, team = buffers
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
     heads = out.shape[2] // head_dim
     group, inner = heads // kv_heads, down.shape[2]
@@ -256,7 +210,7 @@ def run_layers(
     for layer in range(start, stop):
         norm(x, floors[0], normed, tokens)
         projected[:tokens] = 0
-        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens)
+        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
@@ -277,16 +231,16 @@ def run_layers(
                 keys = kv[layer, 0, row, h // group, first:seen]
                 values = kv[layer, 1, row, h // group, first:seen]
                 _attend(by_head[h], keys, values, scores, into[h])
-        add_product(mixed, out[layer], out_scale[layer], x, tokens)
+        add_product(mixed, out[layer], out_scale[layer], x, tokens, team)
         _add_bias(x, out_bias[layer], tokens)
         norm(x, floors[0], normed, tokens)
         wide[:tokens] = 0
-        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, tokens)
+        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, tokens, team)
         for m in range(tokens):
             gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
             for n in range(inner):
                 gate[n] = gate[n] / (one + _exp(-gate[n])) * up[n]
-        add_product(wide, down[layer], down_scale[layer], x, tokens)
+        add_product(wide, down[layer], down_scale[layer], x, tokens, team)
 
 
 @compiled
@@ -309,14 +263,14 @@ def store_layers(
 
     Arguments are those of `run_layers`; `heads` are the queries'.
     """
-    normed, projected = buffers[0], buffers[1]
+    normed, projected, team = buffers[0], buffers[1], buffers[5]
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
     every = (heads + 2 * kv_heads) * head_dim
     norm(x, floors[0], normed, tokens)
     for layer in range(start, stop):
         projected[:tokens] = 0
         first = heads * head_dim // PANEL
-        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, first)
+        add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
         _add_bias(projected, qkv_bias[layer], tokens)
         for m in range(tokens):
             row, position = place[m, 0], place[m, 1]
@@ -331,7 +285,7 @@ def store_layers(
 
 
 @compiled
-def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any) -> None:
+def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any, team: Any) -> None:
     """Logits of hidden states: norm and LM head.
 
     Args:
@@ -341,11 +295,12 @@ def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any)
         scale: of its columns.
         normed: [tokens, hidden].
         out: gets the logits, [tokens, vocab in whole panels].
+        team: see `add_product`.
     """
     tokens = x.shape[0]
     norm(x, floor, normed, tokens)
     out[:] = 0
-    add_product(normed, head, scale, out, tokens)
+    add_product(normed, head, scale, out, tokens, team)
 
 
 @compiled

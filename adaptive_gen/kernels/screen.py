@@ -12,15 +12,16 @@ The token and whether it leaves are those of the whole head.
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL], int8,
   no panels at all where there is no screen; and of each column, [vocab in whole panels], the scale,
   by how much a logit may be off, and e to the power of plus and of minus that; then whether a panel
-  is known exactly, [panels], and room for the PANEL best logits.
+  is known exactly, [panels], and room for the PANEL best logits. At last who helps, see `team`.
 - `row`: of the normed states and of the logits.
 """
 
 import math
 from typing import Any
 
-from .cpu import _exp, add_product, compiled, norm, read_out, summary
+from .cpu import _exp, norm, read_out, summary
 from .panels import PANEL, add_one_alone
+from .products import add_product, compiled
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
@@ -33,14 +34,14 @@ _DEPTHS = (0.0, 3.0, 6.0, math.inf)
 @compiled
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
-    panels, scale, floor, normed, logits, vocab, screen = head
+    panels, scale, floor, normed, logits, vocab, screen, team = head
     rows, steps = x.shape[0], screen[0]
     if not steps.shape[0]:
-        read_out(x, floor, panels, scale, normed, logits[:rows])
+        read_out(x, floor, panels, scale, normed, logits[:rows], team)
         return
     norm(x, floor, normed, rows)
     logits[:rows] = 0
-    add_product(normed, steps, screen[1], logits, rows)
+    add_product(normed, steps, screen[1], logits, rows, team)
     logits[:rows, vocab:] = -math.inf
 
 
@@ -71,7 +72,7 @@ def _bar(row: int, head: Any) -> Any:
 @compiled
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
-    panels, scale, _, normed, logits, vocab, (_, _, doubt, _, _, exact, _) = head
+    panels, scale, _, normed, logits, vocab, (_, _, doubt, _, _, exact, _), _ = head
     for panel in range(len(exact)):
         if exact[panel]:
             continue
@@ -164,7 +165,7 @@ def measured(found: Any, vocab: int, measure: int) -> float:
 @compiled
 def _read_whole(row: int, head: Any) -> Any:
     """The summary of exact logits."""
-    panels, scale, _, normed, logits, vocab, screen = head
+    panels, scale, _, normed, logits, vocab, screen, _ = head
     if screen[0].shape[0]:
         logits[row] = 0
         for panel in range(panels.shape[0]):

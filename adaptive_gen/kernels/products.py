@@ -1,0 +1,155 @@
+"""Matrix products of a few tokens, over panels of weights, alone or with helpers (see `team`)."""
+
+from typing import Any
+
+from numba import njit, types
+from numba.extending import overload
+from numba.np.numpy_support import carray
+
+from . import team as words
+from .panels import (
+    PANEL,
+    add_four,
+    add_four_alone,
+    add_one,
+    add_one_alone,
+    add_three,
+    add_three_alone,
+    add_two,
+    add_two_alone,
+)
+from .team import BYTES, FLOATS, HALF, bytes_at, floats_at, peek, put, spin
+
+# What may be reordered: sums. nan and infinity keep their meaning.
+_SUMS = {"contract", "reassoc", "nsz", "arcp"}
+MASK = (1 << HALF) - 1
+compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+def add_panels(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int, last: int) -> None:
+    """`add_product` for the panels `first`..`last`."""
+    tiles = (tokens + 3) // 4
+    for panel in range(first, last):
+        for tile in range(tiles):
+            row = 4 * tile
+            if tokens == 1:
+                add_one_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 2:
+                add_two_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 3:
+                add_three_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens == 4:
+                add_four_alone(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row >= 4:
+                add_four(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row == 3:
+                add_three(x, w, scale, y, row, panel, tile, tiles)
+            elif tokens - row == 2:
+                add_two(x, w, scale, y, row, panel, tile, tiles)
+            else:
+                add_one(x, w, scale, y, row, panel, tile, tiles)
+
+
+def _kind(x: Any, w: Any) -> Any:
+    """What `team.KIND` says of weights and states; -1 if they are not shared."""
+    raise NotImplementedError
+
+
+@overload(_kind, inline="always")
+def _kind_of(x: Any, w: Any) -> Any:
+    kind = -1
+    if x.dtype == types.float32:
+        kind = {types.float32: FLOATS, types.int8: BYTES}.get(w.dtype, -1)
+
+    def known(x: Any, w: Any) -> Any:
+        return kind
+
+    return known
+
+
+@compiled
+def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int = 0) -> None:
+    """Add x @ (w * scale) to y, for the first `tokens` of both.
+
+    Each column of y is one thread's work from beginning to end, so the sums are the same however
+    many threads there are.
+
+    Args:
+        x: [.., in or more]; `in` is a multiple of `DEPTH`.
+        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8.
+        scale: of each column, [panels * PANEL].
+        y: [.., panels * PANEL].
+        tokens: at least 1.
+        team: who may help, see `team`.
+        first: panel to begin with.
+    """
+    kind, panels = _kind(x, w), w.shape[0]
+    of_panel = w.shape[1] * w.shape[2] * w.itemsize
+    threads = min(team[words.HELPERS] + 1, (panels - first) * of_panel // words.LEAST_BYTES)
+    if kind < 0 or threads < 2 or not words.take(team, words.BUSY):
+        add_panels(x, w, scale, y, tokens, first, panels)
+        return
+    each = max((panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // of_panel, 1)
+    chunks = (panels - first + each - 1) // each
+    team[words.X], team[words.X_WIDTH] = x.ctypes.data, x.shape[1]
+    team[words.W], team[words.DEPTH_OF] = w.ctypes.data, w.shape[1]
+    team[words.SCALE] = scale.ctypes.data
+    team[words.Y], team[words.Y_WIDTH] = y.ctypes.data, y.shape[1]
+    team[words.TOKENS], team[words.FIRST], team[words.LAST] = tokens, first, panels
+    team[words.EACH], team[words.KIND], team[words.SEATS] = each, kind, threads - 1
+    put(team, words.DONE, 0)
+    put(team, words.CLAIM, chunks << HALF)
+    own = 0
+    while True:
+        index = words.add(team, words.CLAIM, 1) & MASK
+        if index >= chunks:
+            break
+        start = first + index * each
+        add_panels(x, w, scale, y, tokens, start, min(start + each, panels))
+        own += 1
+    waits = 0
+    while peek(team, words.DONE) + own < chunks:
+        spin(waits)
+        waits += 1
+    put(team, words.BUSY, 0)
+
+
+@compiled
+def _help(team: Any, index: int) -> None:
+    """Do a chunk of the shared product."""
+    first, last, each = team[words.FIRST], team[words.LAST], team[words.EACH]
+    start = first + index * each
+    stop, tokens, depth = min(start + each, last), team[words.TOKENS], team[words.DEPTH_OF]
+    x = carray(floats_at(team[words.X]), (tokens, team[words.X_WIDTH]))
+    y = carray(floats_at(team[words.Y]), (tokens, team[words.Y_WIDTH]))
+    scale = carray(floats_at(team[words.SCALE]), (last * PANEL,))
+    if team[words.KIND] == FLOATS:
+        w = carray(floats_at(team[words.W]), (last, depth, PANEL))
+        add_panels(x, w, scale, y, tokens, start, stop)
+    else:
+        steps = carray(bytes_at(team[words.W]), (last, depth, PANEL))
+        add_panels(x, steps, scale, y, tokens, start, stop)
+
+
+@compiled
+def serve(team: Any, helper: int) -> None:
+    """Help with all that is shared, until nothing has been for a while or one is not wanted.
+
+    Args:
+        team: see there.
+        helper: which one this is.
+    """
+    idle = 0
+    while idle < words.PATIENCE and helper < peek(team, words.HELPERS):
+        word = peek(team, words.CLAIM)
+        if word & MASK >= word >> HALF or helper >= peek(team, words.SEATS):
+            spin(idle)
+            idle += 1
+            continue
+        idle = 0
+        word = words.add(team, words.CLAIM, 1)
+        if word & MASK < word >> HALF:
+            _help(team, word & MASK)
+            words.add(team, words.DONE, 1)
+    put(team, words.AWAKE + words.LINE * helper, 0)
