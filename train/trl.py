@@ -24,7 +24,7 @@ from .trainer import SortedTraining
 
 
 @dataclass
-class SoFTConfig(SFTConfig):
+class SoFTConfig(SFTConfig):  # pyright: ignore[reportGeneralTypeIssues]
     """SFTConfig, and which exits learn what."""
 
     exit_layers: list[int] | None = field(
@@ -40,7 +40,7 @@ class SoFTConfig(SFTConfig):
     )
 
 
-class SoFTTrainer(SortedTraining, SFTTrainer):
+class SoFTTrainer(SortedTraining, SFTTrainer):  # pyright: ignore[reportGeneralTypeIssues]
     """SFTTrainer whose loss is the sorted loss; logs the mean loss of each exit."""
 
     def __init__(self, *args: Any, **kwargs: Any):

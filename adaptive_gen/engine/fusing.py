@@ -45,7 +45,8 @@ def fuse(decoder: Decoder) -> FusedModel:
     weight = next(layers[0].parameters())
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         raise Unfit(
-            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs"
+            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs "
+            "(load it with dtype=torch.float32)"
         )
     if decoder.positions.rotary_by_type:
         raise Unfit("its rotary embeddings differ by layer")

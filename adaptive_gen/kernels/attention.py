@@ -5,6 +5,9 @@ GPU busy; each leaves an unfinished softmax, and a second kernel brings them tog
 are read on the device. Rows without tokens in the block, and rows that are flagged, cost a look.
 """
 
+# What triton's functions return inside a kernel is not what they say.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 # Triton types the arguments of kernels as if they were called from kernels.
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
 

@@ -5,6 +5,9 @@ kernel brings the summaries together. No softmax over the vocabulary, no sorting
 between unless they are wanted.
 """
 
+# What triton's functions return inside a kernel is not what they say.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 # Triton types the arguments of kernels as if they were called from kernels.
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
 

@@ -7,14 +7,16 @@ four tokens.
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
-_TILE = 4  # tokens that share a reading of a panel: their sums fill the registers of AVX2
+# A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
+_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+TILE = 8 if _WIDE else 4  # tokens that share a reading of a panel
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
 _AHEAD = 1024  # bytes
@@ -42,7 +44,8 @@ def _adder(tokens: int, asks: str = "") -> Any:
     is needed: "ahead" in the order it reads; or the "next" panel, a job that all calls for this
     panel share, so that memory is not idle while a panel is used again.
     """
-    chains = max(1, _TILE // tokens)  # sums that do not wait for each other
+    # Sums that do not wait for each other: as many as the processor has under way at a time.
+    chains = max(chains for chains in (1, 2, DEPTH) if chains == 1 or chains * tokens <= TILE)
 
     def add_panel(
         context: Any,
@@ -148,7 +151,6 @@ def _adder(tokens: int, asks: str = "") -> Any:
 
 
 # One token alone leaves processors time to follow the memory by themselves: asking only disturbs
-# them. With two to four they look too few lines ahead.
-add_one_alone = _adder(1)
-add_two_alone, add_three_alone, add_four_alone = (_adder(n, "ahead") for n in (2, 3, 4))
-add_one, add_two, add_three, add_four = (_adder(n, "next") for n in (1, 2, 3, 4))
+# them. With a few they look too few lines ahead. More than one tile share what they ask for.
+ADDERS = (_adder(1), *(_adder(n, "ahead") for n in range(2, TILE + 1)))
+add_tile = _adder(TILE, "next")

@@ -7,48 +7,48 @@ from numba.extending import overload
 from numba.np.numpy_support import carray
 
 from . import team as words
-from .panels import (
-    PANEL,
-    add_four,
-    add_four_alone,
-    add_one,
-    add_one_alone,
-    add_three,
-    add_three_alone,
-    add_two,
-    add_two_alone,
-)
+from .panels import ADDERS, PANEL, TILE, add_tile
 from .team import BYTES, FLOATS, HALF, bytes_at, floats_at, peek, put, spin
 
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
 MASK = (1 << HALF) - 1
+add_one, add_two, add_three, add_four = ADDERS[:4]
+add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
 compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: int) -> None:
+    """One panel's product with the tokens from `row` on: at most a tile, which may be none."""
+    left = tokens - row
+    if left == 1:
+        add_one(x, w, scale, y, row, panel, 0, 1)
+    elif left == 2:
+        add_two(x, w, scale, y, row, panel, 0, 1)
+    elif left == 3:
+        add_three(x, w, scale, y, row, panel, 0, 1)
+    elif left == 4:
+        add_four(x, w, scale, y, row, panel, 0, 1)
+    elif TILE > 4:
+        if left == 5:
+            add_five(x, w, scale, y, row, panel, 0, 1)
+        elif left == 6:
+            add_six(x, w, scale, y, row, panel, 0, 1)
+        elif left == 7:
+            add_seven(x, w, scale, y, row, panel, 0, 1)
+        elif left == 8:
+            add_eight(x, w, scale, y, row, panel, 0, 1)
 
 
 @compiled
 def add_panels(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int, last: int) -> None:
     """`add_product` for the panels `first`..`last`."""
-    tiles = (tokens + 3) // 4
+    tiles = tokens // TILE if tokens > TILE else 0
     for panel in range(first, last):
         for tile in range(tiles):
-            row = 4 * tile
-            if tokens == 1:
-                add_one_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 2:
-                add_two_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 3:
-                add_three_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens == 4:
-                add_four_alone(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row >= 4:
-                add_four(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row == 3:
-                add_three(x, w, scale, y, row, panel, tile, tiles)
-            elif tokens - row == 2:
-                add_two(x, w, scale, y, row, panel, tile, tiles)
-            else:
-                add_one(x, w, scale, y, row, panel, tile, tiles)
+            add_tile(x, w, scale, y, TILE * tile, panel, tile, tiles)
+        _add_rest(x, w, scale, y, tokens, TILE * tiles, panel)
 
 
 def _kind(x: Any, w: Any) -> Any:

@@ -20,8 +20,8 @@ import math
 from typing import Any
 
 from .cpu import _exp, norm, read_out, summary
-from .panels import PANEL, add_one_alone
-from .products import add_product, compiled
+from .panels import PANEL
+from .products import add_one, add_product, compiled
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
@@ -83,7 +83,7 @@ def _sharpen(row: int, bar: float, head: Any) -> None:
             reach += at[lane] + off[lane] >= bar
         if reach:
             at[:] = 0
-            add_one_alone(normed, panels, scale, logits, row, panel, 0, 1)
+            add_one(normed, panels, scale, logits, row, panel, 0, 1)
             exact[panel] = True
     if exact[len(exact) - 1]:
         logits[row, vocab:] = -math.inf
@@ -169,7 +169,7 @@ def _read_whole(row: int, head: Any) -> Any:
     if screen[0].shape[0]:
         logits[row] = 0
         for panel in range(panels.shape[0]):
-            add_one_alone(normed, panels, scale, logits, row, panel, 0, 1)
+            add_one(normed, panels, scale, logits, row, panel, 0, 1)
     return summary(logits[row, :vocab])
 
 
