@@ -162,6 +162,6 @@ def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
     loaded, tokenizer = load(model, **placed, **keywords)
     small = loaded.config.get_text_config().hidden_size <= SMALL
     if loaded.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
-        team.allow(torch.get_num_threads())
+        team.allow(team.threads())
         torch.set_num_threads(1)
     return loaded, tokenizer

@@ -165,16 +165,18 @@ def _checked(
         return exits.normalise(given["exit_layers"], state.n_layers), "", False
     if given["policy"] is not None or isinstance(threshold, Mapping):
         return state.exit_layers, "", False
+    never_or_always = threshold in (0, 1)  # which promise just that
     if calibration is None:
-        return state.exit_layers, "", True
+        return state.exit_layers, "", not never_or_always
     if point is not None:
         return point.exit_layers, calibration.unpaid(rows), False
     asked_for = ("confidence", "kv", "lossless", "audit", "audit_floor", "prefill")
     if not isinstance(threshold, float) or any(given[name] for name in asked_for):
-        return state.exit_layers, "", True  # priced otherwise than the placement is
+        # They are priced otherwise than the placement is.
+        return state.exit_layers, "", not never_or_always
     placed = calibration.placed(threshold)
     if placed is None:
-        return state.exit_layers, "", True
+        return state.exit_layers, "", not never_or_always
     if not placed:
         reason = f"exits are not checked: at threshold {threshold:g} none is predicted to pay"
         return state.exit_layers, f"{reason}; exit_layers=[...] checks them all the same", False

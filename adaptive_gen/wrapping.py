@@ -53,8 +53,8 @@ def wrap(
             and float64; two copies of the layers' weights), "fused" as few plain operations (one
             copy), "module" calls the model's own layers. "auto" keeps to the one the calibration
             was made on; without one it takes the first of these that can run the model, and
-            "compiled" only if a trial finds it no slower than "fused". Both use as many threads as
-            torch has. The first process on a machine compiles, under a minute once. "graphs"
+            "compiled" only if a trial finds it no slower than "fused". Both use torch's
+            threads. The first process on a machine compiles, under a minute once. "graphs"
             captures Llama-shaped layers in CUDA graphs, "static" is the same without capturing, on
             any device.
         weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and

@@ -74,7 +74,7 @@ def table(document: Mapping[str, Any], name: str) -> str:
         f"`wall_speedup` {adaptive['wall_speedup']:.2f}x over our own full depth{within}, "
         f"{over:.2f}x over transformers' `generate`. {found['model']}: "
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['n_layers']} layers; "
-        f"{recipe['hardware']}, {recipe['threads']} thread{'s' * (recipe['threads'] > 1)}, "
+        f"{recipe['hardware']}, {_threads(recipe)}, "
         f"{recipe['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"whole calls, {found['prompts']} prompts that calibration did not see "
         f"([results]({name}), commit {recipe['commit']}):",
@@ -84,6 +84,14 @@ def table(document: Mapping[str, Any], name: str) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _threads(recipe: Mapping[str, Any]) -> str:
+    """How many, and how many compiled products had if that is another number."""
+    threads = recipe["threads"]
+    own = recipe.get("kernel_threads", threads)
+    text = f"{threads} thread{'s' * (threads > 1)}"
+    return text if own == threads else f"{text} ({own} for compiled products)"
 
 
 def _depth(arm: str, found: Mapping[str, Any]) -> float:

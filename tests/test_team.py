@@ -102,11 +102,11 @@ def test_two_texts_at_a_time_do_not_mix_their_products(helped):
 
 
 def test_helpers_sleep_when_nothing_is_shared_and_wake_again(helped):
-    team.ready()
-    until(lambda: not awake().any())
-    team.ready()
-    assert awake()[:2].all() and not awake()[2:].any()
-    until(lambda: not awake().any())
+    for _ in range(2):
+        team.ready()
+        until(lambda: awake()[:2].all())
+        assert not awake()[2:].any()
+        until(lambda: not awake().any())
 
 
 def test_as_many_threads_as_torch_has_unless_another_number_is_allowed(helped):
@@ -114,6 +114,22 @@ def test_as_many_threads_as_torch_has_unless_another_number_is_allowed(helped):
     team.allow(0)
     assert team.threads() == torch.get_num_threads() == 1
     assert team.ready()[words.HELPERS] == 0
+
+
+def test_no_more_helpers_are_called_than_products_are_worth(helped):
+    assert team.ready(1)[words.HELPERS] == 1
+    assert team.ready(0)[words.HELPERS] == 0
+    assert team.ready()[words.HELPERS] == 2
+
+
+def test_a_system_without_another_thread_is_no_reason_to_fail(helped, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    alone = team.Team()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert alone.ready(5)[words.HELPERS] == 0
+    assert alone.ready(5)[words.HELPERS] == 0
 
 
 @pytest.mark.parametrize("weights", ["own", "int8"])

@@ -33,6 +33,8 @@ PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
 # a block's tokens where both have as many threads: there the kernels do as well up to a hundred.
 MOST_ROWS, MOST_TOKENS = 16, 96
 _TRIALS = 5
+# How long the threads of the last way stay awake and keep the cores from those of the next.
+_SPINNING_S = 0.03
 _DOUBT = 1.1  # noise in a trial's ratio, which must not change a machine's choice from run to run
 PATIENCE_S = 3.0  # what a first run of compiled code may take before somebody is told why
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
@@ -63,9 +65,10 @@ def kernel(name: str) -> Any:
     return import_module(f"..kernels.{name}", __package__)
 
 
-def team() -> Any:
-    """Who may help the kernels now, as they take it; see `engine.team`."""
-    return import_module(".team", __package__).ready()
+def helpers(matrix_bytes: int) -> Any:
+    """Who helps the kernels with matrices of up to so many bytes; what they take for `team`."""
+    worth = matrix_bytes // kernel("team").LEAST_BYTES - 1
+    return import_module(".team", __package__).ready(worth)
 
 
 def threads() -> int:
@@ -161,6 +164,7 @@ class Desk:
         self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
         self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
         wide = 2 * sizes.intermediate
+        self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
         self._work = (*self._buffers, like.new_zeros(64).numpy())
@@ -174,7 +178,7 @@ class Desk:
         """What the kernels work in, with room for scores of `seen` keys."""
         if len(self._work[-1]) < seen:
             self._work = (*self._buffers, np.zeros(1 << seen.bit_length(), self.x.dtype))
-        return *self._work, team()
+        return *self._work, helpers(self._largest)
 
     def memory(self, kv: Tensor) -> Any:
         """The memory of a cache as an array."""
@@ -356,6 +360,11 @@ def _ways(model: CompiledModel) -> list[Callable[[], object]]:
 
 
 def _timed(run: Callable[[], object]) -> float:
+    """Seconds of a run among others of its kind, as in a text."""
+    if max(torch.get_num_threads(), threads()) > 1:
+        time.sleep(_SPINNING_S)
+    run()
+    run()
     clock = time.perf_counter()
     run()
     return time.perf_counter() - clock

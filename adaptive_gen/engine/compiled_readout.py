@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
-from .compiled import MOST_ROWS, PANEL, in_panels, kernel, padding, team
+from .compiled import MOST_ROWS, PANEL, helpers, in_panels, kernel, padding
 from .fused import FusedReadout, Matrix
 from .int8 import Int8Matrix
 
@@ -37,8 +37,11 @@ class CompiledReadout:
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
-        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy(), team())
+        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy(), self._team())
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
+
+    def _team(self) -> Any:
+        return helpers(self.panels.nbytes)
 
     def with_room(self, rows: int) -> tuple[Any, ...]:
         """The head as `kernels.screen` has it, with buffers of its own for `rows` hidden states."""
@@ -46,7 +49,8 @@ class CompiledReadout:
         normed = np.zeros((rows, self.panels.shape[1]), dtype)
         logits = np.zeros((rows, panels * PANEL), dtype)
         screen = *self._screen, np.zeros(panels, np.bool_), np.zeros(PANEL, dtype)
-        return self.panels, self.scale, self.floor, normed, logits, self.vocab, screen, team()
+        team = self._team()
+        return self.panels, self.scale, self.floor, normed, logits, self.vocab, screen, team
 
 
 def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ class Rules:
     queue_cap: int = QUEUE_CAP  # most tokens of a row that may wait in front of one segment
     prefill: str = "full"  # "lazy": the prompt, too, goes deeper only when a token needs it
     shallow_passes: int = 1  # runs of the first segment before rows that wait deeper get their turn
-    thrifty: bool = False  # exits whose checks do not pay are asked less and less
+    thrifty: bool = False  # exits whose checks do not pay are asked rarely
     read_drafts: bool = False  # deep passes read out the pending tokens they catch up
 
 

@@ -1,15 +1,14 @@
 """Threads that help with the products of compiled code; see `kernels.team` for how they share.
 
-A helper is a Python thread that spends its life in one compiled function, without the interpreter's
-lock. When nothing has been shared for a millisecond it sleeps; the next call of a kernel wakes it,
-which costs that call a few microseconds, and it joins in as soon as it is there.
+A helper is a Python thread that works and waits in one compiled function, without the interpreter's
+lock. When nothing has been shared for some milliseconds it sleeps; the next call of a kernel wakes
+it, which costs that call a few microseconds, and it joins in as soon as it is there.
 """
 
 import atexit
 import os
 import threading
 import time
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from . import compiled
 
-MOST_HELPERS = 63
+MOST_HELPERS = 15  # memory has nothing left for more
 _AT_EXIT_S = 1.0
 
 
@@ -32,63 +31,95 @@ def allow(count: int) -> None:
     _allowed = count
 
 
+def ready(most: int = MOST_HELPERS) -> Any:
+    """Wake the helpers of this process; see `Team.ready`."""
+    global _team
+    if _team is None:
+        with _making:
+            if _team is None:
+                _team = Team()
+                atexit.register(_team.close)
+                if hasattr(os, "register_at_fork"):
+                    os.register_at_fork(after_in_child=_team.forget)
+    return _team.ready(most)
+
+
 class Team:
     """The helpers of this process."""
 
     def __init__(self):
         """Nobody yet."""
         words = compiled.kernel("team")
-        self._line, self._awake, self._wanted = words.LINE, words.AWAKE, words.HELPERS
-        size = self._awake + self._line * MOST_HELPERS
+        self._line, self._awake_at, self._helpers_at = words.LINE, words.AWAKE, words.HELPERS
+        size = self._awake_at + self._line * MOST_HELPERS
         whole = np.zeros(size + self._line, np.int64)
         start = -(whole.ctypes.data // 8) % self._line  # words do not share a line of the cache
-        self._whole, self._words = whole, whole[start : start + size]
+        self._words = whole[start : start + size]
         self._alone = np.zeros(size, np.int64)
-        self._calls: list[SimpleQueue[None]] = []
+        self._calls: list[threading.Event] = []  # one for each helper there is
+        self._most = MOST_HELPERS  # fewer where the system has no more threads
         self._lock = threading.Lock()
 
-    def ready(self) -> Any:
-        """Wake as many helpers as `threads` says; returns what kernels take for `team`."""
-        helpers = min(threads() - 1, MOST_HELPERS)
+    def ready(self, most: int) -> Any:
+        """Wake as many helpers as `threads` says; returns what kernels take for `team`.
+
+        Args:
+            most: helpers that a product of the model is worth.
+        """
+        helpers = min(threads() - 1, self._most, most)
         if helpers < 1:
             return self._alone
+        if len(self._calls) < helpers:
+            self._hire(helpers)
+            helpers = min(helpers, len(self._calls))
+            if not helpers:
+                return self._alone
         words = self._words
-        words[self._wanted] = helpers
+        words[self._helpers_at] = helpers
         for helper in range(helpers):
-            if not words[self._awake + self._line * helper]:
-                self._wake(helper)
+            if not words[self._awake_at + self._line * helper]:
+                self._calls[helper].set()
         return words
 
-    def _wake(self, helper: int) -> None:
+    def _hire(self, helpers: int) -> None:
         with self._lock:
-            at = self._awake + self._line * helper
-            if self._words[at]:
-                return
             if not self._calls:
                 serve = compiled.kernel("products").serve
                 serve(self._alone, 0)  # compiles it, here where somebody says what takes so long
-            while len(self._calls) <= helper:
-                self._calls.append(SimpleQueue())
-                name = f"adaptive_gen-helper-{len(self._calls)}"
-                arguments = (len(self._calls) - 1, self._calls[-1])
-                threading.Thread(target=self._live, args=arguments, name=name, daemon=True).start()
-            self._words[at] = 1
-            self._calls[helper].put(None)
+            while len(self._calls) < min(helpers, self._most):
+                call, helper = threading.Event(), len(self._calls)
+                name = f"adaptive_gen-helper-{helper + 1}"
+                thread = threading.Thread(
+                    target=self._live, args=(helper, call), name=name, daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # the system, or an interpreter that ends, has no more
+                    self._most = helper
+                    return
+                self._calls.append(call)
 
-    def _live(self, helper: int, calls: "SimpleQueue[None]") -> None:
+    def _live(self, helper: int, call: threading.Event) -> None:
         serve = compiled.kernel("products").serve
         while True:
-            calls.get()
+            call.wait()
+            call.clear()
+            self._words[self._awake_at + self._line * helper] = 1
             serve(self._words, helper)
 
     def dismiss(self) -> None:
         """Send all helpers to sleep, and wait for that."""
-        self._words[self._wanted] = 0
+        self._words[self._helpers_at] = 0
         clock = time.monotonic()
-        while self._words[self._awake :: self._line].any():
+        while self._words[self._awake_at :: self._line].any():
             time.sleep(0.001)
             if time.monotonic() - clock > _AT_EXIT_S:
                 return
+
+    def close(self) -> None:
+        """Dismiss them for good: they must not spin on memory that is taken down."""
+        self._most = 0
+        self.dismiss()
 
     def forget(self) -> None:
         """Start without helpers: a forked process does not have its parent's threads."""
@@ -96,15 +127,5 @@ class Team:
 
 
 _allowed = 0
+_making = threading.Lock()
 _team: Team | None = None
-
-
-def ready() -> Any:
-    """Wake the helpers of this process; see `Team.ready`."""
-    global _team
-    if _team is None:
-        _team = Team()
-        atexit.register(_team.dismiss)  # they must not spin on memory that is taken down
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_team.forget)
-    return _team.ready()

@@ -1,11 +1,11 @@
-"""Which exits are still worth asking: checks that let nothing leave are made ever more rarely.
+"""Which exits are still worth asking: those whose checks do not pay are asked rarely.
 
-An exit has credit for some checks. Every check costs one, every token that leaves there pays for
-some more; without credit the exit is asked for every `EVERY`-th token only, until one leaves. The
-credit it starts with, which is also the most it may have, is what `PATIENCE` such tokens pay for:
-where so many checks let none leave, the exit loses more than it gains, most likely, and the text
-has lost about the time of `PATIENCE` tokens. All of it follows from the text and the model's
-shape, not from a clock, so it is the same on every machine.
+An exit has credit for some checks. Every check costs one, every token that leaves there (a draft
+too) pays for some more; without credit the exit is asked for every `EVERY`-th token only, until
+enough leave. The credit it starts with, which is also the most it may have, is what `PATIENCE`
+such tokens pay for: where so many checks let none leave, the exit loses more than it gains, most
+likely, and the text has lost about the time of `PATIENCE` tokens there. All of it follows from the
+text and the model's shape, not from a clock.
 
 The functions are plain enough to be compiled, and `kernels.decode` and `kernels.batch` do: in both
 worlds they are the same.
@@ -111,7 +111,7 @@ class Thrift:
         return self.records[..., [CHECKED, PASSED]].sum(0).astype(int)
 
     def account(self) -> str:
-        """Which exits were passed by, and how often; empty if none was."""
+        """Which exits were passed by, and by how many of the tokens that came there; or nothing."""
         parts = [
             f"exit {exit_layer} was checked for {checked} of {checked + passed} tokens"
             for exit_layer, (checked, passed) in zip(

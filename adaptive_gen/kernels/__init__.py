@@ -3,7 +3,3 @@
 Axes: `tokens` (all rows' tokens, row after row, filled up to a fixed number), `slots` (rows of the
 K/V buffers), `heads`, `kv_heads`, `head_dim`, `capacity`, `vocab`.
 """
-
-from .freshness import forget_stale
-
-forget_stale()

@@ -28,14 +28,13 @@ Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 import math
 from typing import Any
 
-from numba import njit
-
 from ..engine import thrift
 from .cpu import compiled, norm, run_layers, store_layers
 from .screen import GATE, leaves, look, token_of
+from .team import kept
 
-due = njit(thrift.due, cache=True)
-observe = njit(thrift.observe, cache=True)
+due = kept(thrift.due)
+observe = kept(thrift.observe)
 
 LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` counts them
 

@@ -6,15 +6,14 @@ It keeps the rules of `decoding.TokenLoop` for a single greedy row. Names and ax
 
 from typing import Any
 
-from numba import njit
-
 from ..engine import drafts as drafting
 from .cpu import compiled
 from .decode import CAUGHT_UP, among, descend, run, take, wait
 from .screen import look, token_of
+from .team import kept
 
-_observe = njit(drafting.observe, cache=True)
-_best_length = njit(drafting.best_length, cache=True)
+_observe = kept(drafting.observe)
+_best_length = kept(drafting.best_length)
 
 
 @compiled

@@ -7,15 +7,23 @@ from numba.extending import overload
 from numba.np.numpy_support import carray
 
 from . import team as words
+from .freshness import stamped
 from .panels import ADDERS, PANEL, TILE, add_tile
 from .team import BYTES, FLOATS, HALF, bytes_at, floats_at, peek, put, spin
 
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function, as all kernels are."""
+    return stamped(njit(function, fastmath=_SUMS, nogil=True, cache=True, error_model="numpy"))
+
+
 MASK = (1 << HALF) - 1
 add_one, add_two, add_three, add_four = ADDERS[:4]
+# With tiles of four the other names are needed too, for code that is never reached.
 add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
-compiled = njit(fastmath=_SUMS, nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
@@ -85,19 +93,21 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         first: panel to begin with.
     """
     kind, panels = _kind(x, w), w.shape[0]
-    of_panel = w.shape[1] * w.shape[2] * w.itemsize
-    threads = min(team[words.HELPERS] + 1, (panels - first) * of_panel // words.LEAST_BYTES)
-    if kind < 0 or threads < 2 or not words.take(team, words.BUSY):
+    panel_bytes = w.shape[1] * w.shape[2] * w.itemsize
+    threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
+    if kind < 0 or threads < 2 or not words.acquire(team, words.BUSY):
         add_panels(x, w, scale, y, tokens, first, panels)
         return
-    each = max((panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // of_panel, 1)
-    chunks = (panels - first + each - 1) // each
+    per_chunk = max(
+        (panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // panel_bytes, 1
+    )
+    chunks = (panels - first + per_chunk - 1) // per_chunk
     team[words.X], team[words.X_WIDTH] = x.ctypes.data, x.shape[1]
     team[words.W], team[words.DEPTH_OF] = w.ctypes.data, w.shape[1]
     team[words.SCALE] = scale.ctypes.data
     team[words.Y], team[words.Y_WIDTH] = y.ctypes.data, y.shape[1]
     team[words.TOKENS], team[words.FIRST], team[words.LAST] = tokens, first, panels
-    team[words.EACH], team[words.KIND], team[words.SEATS] = each, kind, threads - 1
+    team[words.PER_CHUNK], team[words.KIND], team[words.SEATS] = per_chunk, kind, threads - 1
     put(team, words.DONE, 0)
     put(team, words.CLAIM, chunks << HALF)
     own = 0
@@ -105,8 +115,8 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         index = words.add(team, words.CLAIM, 1) & MASK
         if index >= chunks:
             break
-        start = first + index * each
-        add_panels(x, w, scale, y, tokens, start, min(start + each, panels))
+        start = first + index * per_chunk
+        add_panels(x, w, scale, y, tokens, start, min(start + per_chunk, panels))
         own += 1
     waits = 0
     while peek(team, words.DONE) + own < chunks:
@@ -118,9 +128,9 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
 @compiled
 def _help(team: Any, index: int) -> None:
     """Do a chunk of the shared product."""
-    first, last, each = team[words.FIRST], team[words.LAST], team[words.EACH]
-    start = first + index * each
-    stop, tokens, depth = min(start + each, last), team[words.TOKENS], team[words.DEPTH_OF]
+    first, last, per_chunk = team[words.FIRST], team[words.LAST], team[words.PER_CHUNK]
+    start = first + index * per_chunk
+    stop, tokens, depth = min(start + per_chunk, last), team[words.TOKENS], team[words.DEPTH_OF]
     x = carray(floats_at(team[words.X]), (tokens, team[words.X_WIDTH]))
     y = carray(floats_at(team[words.Y]), (tokens, team[words.Y_WIDTH]))
     scale = carray(floats_at(team[words.SCALE]), (last * PANEL,))

@@ -12,10 +12,10 @@ takes. A helper which the system has put aside costs nothing but its own chunk's
 - CLAIM: chunks of the product, in the upper half, and the next one that nobody has taken.
 - DONE: chunks that helpers have finished.
 - from JOB: the product itself, as addresses and sizes, and how many helpers it is worth.
-- from AWAKE, a line each: whether a helper is waiting in `serve` (`engine.team` wakes it if not).
+- from AWAKE, a line each: whether a helper is in `serve`, or on its way; `engine.team` wakes it if not.
 
 A chunk may be claimed only while CLAIM says that there is one, and the thread that decodes goes on
-only when every claimed chunk is done: so JOB stands still while anybody reads it.
+only when every claimed chunk is done: so the product stands still while anybody works on it.
 """
 
 import platform
@@ -27,9 +27,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .freshness import stamped
+
 LINE = 8  # words of a cache line
 HELPERS, BUSY, CLAIM, DONE, JOB = (LINE * n for n in range(5))
-(X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, EACH, KIND, SEATS) = range(
+(X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, PER_CHUNK, KIND, SEATS) = range(
     JOB, JOB + 13
 )
 AWAKE = JOB + 2 * LINE
@@ -37,12 +39,19 @@ FLOATS, BYTES = range(2)  # kinds of weights; states and sums are float32 with b
 
 HALF = 32
 LEAST_BYTES = 1 << 16  # of a matrix for each thread: less is read while a helper notices it
-CHUNK_BYTES = 1 << 14  # at least, so that claims are rare
+CHUNK_BYTES = 1 << 14  # about, at least, so that claims are rare
 SHARES = 4  # chunks for each thread: those who start late, or are slow, take fewer
-PATIENCE = 20_000  # rests of an idle helper before it sleeps, about a millisecond
+# Rests of an idle helper before it sleeps, some milliseconds: what the thread that decodes may do by
+# itself meanwhile, as attention to a long text, must not cost the rest of a call its helpers.
+PATIENCE = 100_000
 YIELD_AFTER = 64  # rests, then another thread may have the core
 
-compiled = njit(nogil=True, cache=True)
+
+def kept(function: Any) -> Any:
+    """Compile a function without the freedoms that sums have."""
+    return stamped(njit(function, nogil=True, cache=True))
+
+
 _WORD = ir.IntType(64)
 _ORDER = "seq_cst"
 _instructions: Any = intrinsic  # whose functions are called without their first argument
@@ -93,7 +102,7 @@ def add(context: Any, team: Any, index: Any, value: Any) -> Any:
 
 
 @_instructions
-def take(context: Any, team: Any, index: Any) -> Any:
+def acquire(context: Any, team: Any, index: Any) -> Any:
     """Make a word 1; whether it was 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -153,7 +162,7 @@ def bytes_at(context: Any, address: Any) -> Any:
     return types.CPointer(types.int8)(types.int64), generate
 
 
-@compiled
+@kept
 def spin(count: int) -> None:
     """Wait a moment for another thread, the `count`th time in a row."""
     _rest()
