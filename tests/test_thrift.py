@@ -120,7 +120,7 @@ def test_what_the_caller_names_is_asked_always(tiny_llama, given):
 
 
 def test_a_threshold_of_zero_means_always_however_dear_the_head_is(tiny_llama):
-    model = wrapped(tiny_llama(eos_token_id=None, vocab_size=8192))
+    model = wrapped(tiny_llama(eos_token_id=None, vocab_size=8192), queue_cap=100)
     out = decoded(model, threshold=0.0)
     assert (worth_of(state(model).decoder, [2, 4, 6], Confidences("margin")) < np.ones(2)).all()
     assert set(out.exit_layers[0, 1:].tolist()) == {2} and out.report.unchecked == ""

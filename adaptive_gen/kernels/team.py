@@ -12,7 +12,7 @@ takes. A helper which the system has put aside costs nothing but its own chunk's
 - CLAIM: chunks of the product, in the upper half, and the next one that nobody has taken.
 - DONE: chunks that helpers have finished.
 - from JOB: the product itself, as addresses and sizes, and how many helpers it is worth.
-- from AWAKE, a line each: whether a helper is in `serve`, or on its way; `engine.team` wakes it if not.
+- from AWAKE, a line each: whether a helper is in `serve`; `engine.team` wakes it if not.
 
 A chunk may be claimed only while CLAIM says that there is one, and the thread that decodes goes on
 only when every claimed chunk is done: so the product stands still while anybody works on it.
@@ -41,7 +41,7 @@ HALF = 32
 LEAST_BYTES = 1 << 16  # of a matrix for each thread: less is read while a helper notices it
 CHUNK_BYTES = 1 << 14  # about, at least, so that claims are rare
 SHARES = 4  # chunks for each thread: those who start late, or are slow, take fewer
-# Rests of an idle helper before it sleeps, some milliseconds: what the thread that decodes may do by
+# Rests of an idle helper before it sleeps, some milliseconds: what the thread that decodes does by
 # itself meanwhile, as attention to a long text, must not cost the rest of a call its helpers.
 PATIENCE = 100_000
 YIELD_AFTER = 64  # rests, then another thread may have the core
