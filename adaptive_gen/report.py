@@ -54,7 +54,7 @@ class Report:
     engine: str = "module"  # the back end that ran the layers
     rows: int = 1
     layers_run: int = 0  # while decoding: layers whose weights were read, over all passes
-    # What was promised of calls like this one, and why exits were not checked, or not by all tokens.
+    # What was promised of calls like this one, and why exits went unchecked, all or many times.
     certificate: Certificate | None = None
     unchecked: str = ""
     warm_up_s: float = 0.0  # of the two times above: compiling or capturing what later calls reuse
