@@ -15,6 +15,7 @@ from adaptive_gen.engine.compiled import in_panels
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.kernels import products
 from adaptive_gen.kernels import team as words
+from adaptive_gen.kernels.attending import attend
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(5, 12)[None]
@@ -61,6 +62,36 @@ def test_a_shared_product_is_the_same_to_the_bit(helped, tokens, rounded):
             np.testing.assert_array_equal(product(x, matrix, tokens, team.ready(), first), expected)
 
 
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_shared_attention_is_the_same_to_the_bit(helped, tokens, window):
+    heads, kv_heads, size, context = 8, 4, 32, 900
+    kv = np.random.randn(2, 2, 3, kv_heads, 1000, size).astype(np.float32)[:, :, :2]
+    projected = np.random.randn(5, (heads + 2 * kv_heads) * size).astype(np.float32)
+    place = np.array([[1, context + i] for i in range(tokens)])
+    alone = np.zeros(words.AWAKE + words.LINE, np.int64)
+    scores, expected = np.zeros((3, 1000), np.float32), np.zeros((5, heads * size), np.float32)
+    attend(projected, expected, kv, 1, place, window, scores, alone)
+    assert expected[:tokens].any() and not expected[tokens:].any()
+    for _ in range(50):
+        mixed = np.zeros_like(expected)
+        attend(projected, mixed, kv, 1, place, window, scores, team.ready())
+        np.testing.assert_array_equal(mixed, expected)
+
+
+def test_helpers_attend_too(helped):
+    kv, shared = np.ones((1, 2, 1, 8, 4096, 64), np.float32), team.ready()
+    projected, mixed = np.ones((1, 24 * 64), np.float32), np.zeros((1, 512), np.float32)
+    scores = np.zeros((3, 4096), np.float32)
+
+    def helped_out():
+        attend(projected, mixed, kv, 0, np.array([[0, 4000]]), 0, scores, team.ready())
+        return shared[words.DONE] > 0
+
+    until(helped_out)
+    np.testing.assert_allclose(mixed, 1, rtol=1e-4)
+
+
 def test_helpers_do_take_their_part(helped):
     x, matrix = torch.randn(1, 512), torch.randn(512, 8192)
     shared = team.ready()
@@ -102,9 +133,13 @@ def test_two_texts_at_a_time_do_not_mix_their_products(helped):
 
 
 def test_helpers_sleep_when_nothing_is_shared_and_wake_again(helped):
+
+    def both_awake():
+        team.ready()  # one may sleep again before the other comes
+        return awake()[:2].all()
+
     for _ in range(2):
-        team.ready()
-        until(lambda: awake()[:2].all())
+        until(both_awake)
         assert not awake()[2:].any()
         until(lambda: not awake().any())
 

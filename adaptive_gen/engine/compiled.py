@@ -167,17 +167,21 @@ class Desk:
         self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
-        self._work = (*self._buffers, like.new_zeros(64).numpy())
+        self._work = (*self._buffers, self._scores(64))
         self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
         self._tokens = np.zeros((room, 2), np.int64)
         self._outs: dict[tuple[int, int], Tensor] = {}
         self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
         self._span: Any = None  # the one that is placed
 
+    def _scores(self, room: int) -> Any:
+        """For attention to `room` keys, a row for each thread."""
+        return np.zeros((threads(), room), self.x.dtype)
+
     def buffers(self, seen: int) -> tuple[Any, ...]:
         """What the kernels work in, with room for scores of `seen` keys."""
-        if len(self._work[-1]) < seen:
-            self._work = (*self._buffers, np.zeros(1 << seen.bit_length(), self.x.dtype))
+        if self._work[-1].shape[1] < seen:
+            self._work = (*self._buffers, self._scores(1 << seen.bit_length()))
         return *self._work, helpers(self._largest)
 
     def memory(self, kv: Tensor) -> Any:

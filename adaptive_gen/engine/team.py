@@ -84,7 +84,7 @@ class Team:
     def _hire(self, helpers: int) -> None:
         with self._lock:
             if not self._calls:
-                serve = compiled.kernel("products").serve
+                serve = compiled.kernel("helping").serve
                 serve(self._alone, 0)  # compiles it, here where somebody says what takes so long
             while len(self._calls) < min(helpers, self._most):
                 call, helper = threading.Event(), len(self._calls)
@@ -100,7 +100,7 @@ class Team:
                 self._calls.append(call)
 
     def _live(self, helper: int, call: threading.Event) -> None:
-        serve = compiled.kernel("products").serve
+        serve = compiled.kernel("helping").serve
         while True:
             call.wait()
             call.clear()

@@ -9,64 +9,14 @@ Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `
 `head_dim`, `layers`, `panels`.
 """
 
-import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, overload
 
+from .attending import attend
+from .exponential import exp
 from .panels import PANEL
 from .products import add_product, compiled
-
-
-def _bits_of_power(context: Any, exponent: Any) -> Any:
-    """2 ** exponent as float32, for int32 in -126..127: put where a float has its exponent."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bias, shift = (ir.Constant(ir.IntType(32), value) for value in (127, 23))
-        bits = builder.shl(builder.add(args[0], bias), shift)
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-_power_of_two: Any = intrinsic(_bits_of_power)
-
-
-def _exp(x: Any) -> Any:
-    """The exponential; in float32 without a call, so that loops over it are vectors."""
-    raise NotImplementedError
-
-
-# exp(r) for |r| <= log(2) / 2, to 2e-8: its Taylor coefficients from the highest.
-_TERMS = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
-_LOG2E, _LEAST, _MOST = np.float32(math.log2(math.e)), np.float32(-87), np.float32(88)
-# log(2) in two parts, the first with few bits, so that n * _LN2_HIGH is exact.
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(math.log(2) - 0.693359375)
-
-
-@overload(_exp, inline="always")
-def _exp_of(x: Any) -> Any:
-    def library_exp(x: Any) -> Any:
-        return math.exp(x)
-
-    def exp(x: Any) -> Any:
-        x = min(max(x, _LEAST), _MOST)
-        n = np.floor(x * _LOG2E + np.float32(0.5))
-        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-        y = _TERMS[0]
-        y = y * r + _TERMS[1]
-        y = y * r + _TERMS[2]
-        y = y * r + _TERMS[3]
-        y = y * r + _TERMS[4]
-        y = y * r + _TERMS[5]
-        y = y * r + _TERMS[6]
-        return y * _power_of_two(np.int32(n))
-
-    return exp if x == types.float32 else library_exp
 
 
 @compiled
@@ -104,55 +54,6 @@ def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
         factor = heads.dtype.type(1) / np.sqrt(total)
         for d in range(head.shape[0]):
             head[d] *= factor * gain[h, d]
-
-
-@compiled
-def _attend(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
-    """One head's attention to [keys, head_dim]; `scores` has room for them."""
-    zero = query.dtype.type(0)
-    count, size = keys.shape
-    most = query.dtype.type(-np.inf)
-    j = 0
-    while j + 4 <= count:  # four sums at a time keep the adders busy
-        p, q, r, s = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
-        a, b, c, e = zero, zero, zero, zero
-        for d in range(size):
-            of = query[d]
-            a += of * p[d]
-            b += of * q[d]
-            c += of * r[d]
-            e += of * s[d]
-        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = a, b, c, e
-        most = max(max(most, a), max(b, max(c, e)))
-        j += 4
-    while j < count:
-        p, a = keys[j], zero
-        for d in range(size):
-            a += query[d] * p[d]
-        scores[j] = a
-        most = max(most, a)
-        j += 1
-    total = zero
-    for j in range(count):
-        scores[j] = _exp(scores[j] - most)
-        total += scores[j]
-    for d in range(size):
-        out[d] = zero
-    j = 0
-    while j + 4 <= count:
-        a, b, c, e = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-        p, q, r, s = values[j], values[j + 1], values[j + 2], values[j + 3]
-        for d in range(size):
-            out[d] += (a * p[d] + b * q[d]) + (c * r[d] + e * s[d])
-        j += 4
-    while j < count:
-        a, p = scores[j], values[j]
-        for d in range(size):
-            out[d] += a * p[d]
-        j += 1
-    factor = query.dtype.type(1) / total
-    for d in range(size):
-        out[d] *= factor
 
 
 @compiled
@@ -195,8 +96,8 @@ def run_layers(
         floors: what norms of hidden states, and of queries and keys, divide by at least.
         windows: of each layer, how many positions a token sees; 0 is all.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
-            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [capacity],
-            and who helps with products, see `team`.
+            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [threads,
+            capacity], and who helps, see `team`.
     """
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
@@ -204,7 +105,7 @@ def run_layers(
     normed, projected, mixed, wide, scores, team = buffers
     tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
     heads = out.shape[2] // head_dim
-    group, inner = heads // kv_heads, down.shape[2]
+    inner = down.shape[2]
     every = (heads + 2 * kv_heads) * head_dim
     one = x.dtype.type(1)
     for layer in range(start, stop):
@@ -221,16 +122,7 @@ def run_layers(
             for h in range(kv_heads):
                 kv[layer, 0, row, h, position] = by_head[heads + h]
                 kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
-        window = windows[layer]
-        for m in range(tokens):
-            row, seen = place[m, 0], place[m, 1] + 1
-            first = max(0, seen - window) if window else 0
-            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
-            into = mixed[m].reshape(heads, head_dim)
-            for h in range(heads):
-                keys = kv[layer, 0, row, h // group, first:seen]
-                values = kv[layer, 1, row, h // group, first:seen]
-                _attend(by_head[h], keys, values, scores, into[h])
+        attend(projected, mixed, kv, layer, place, windows[layer], scores, team)
         add_product(mixed, out[layer], out_scale[layer], x, tokens, team)
         _add_bias(x, out_bias[layer], tokens)
         norm(x, floors[0], normed, tokens)
@@ -239,7 +131,7 @@ def run_layers(
         for m in range(tokens):
             gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
             for n in range(inner):
-                gate[n] = gate[n] / (one + _exp(-gate[n])) * up[n]
+                gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
         add_product(wide, down[layer], down_scale[layer], x, tokens, team)
 
 
@@ -312,7 +204,7 @@ def summary(row: Any) -> Any:
     total = weighted = row.dtype.type(0)
     for n in range(row.shape[0]):
         gap = row[n] - top
-        share = _exp(gap)
+        share = exp(gap)
         total += share
         weighted += share * gap
     second, token, found = row.dtype.type(-np.inf), 0, False

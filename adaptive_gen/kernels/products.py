@@ -9,7 +9,7 @@ from numba.np.numpy_support import carray
 from . import team as words
 from .freshness import stamped
 from .panels import ADDERS, PANEL, TILE, add_tile
-from .team import BYTES, FLOATS, HALF, bytes_at, floats_at, peek, put, spin
+from .team import BYTES, FLOATS, MASK, bytes_at, floats_at
 
 # What may be reordered: sums. nan and infinity keep their meaning.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
@@ -20,7 +20,6 @@ def compiled(function: Any) -> Any:
     return stamped(njit(function, fastmath=_SUMS, nogil=True, cache=True, error_model="numpy"))
 
 
-MASK = (1 << HALF) - 1
 add_one, add_two, add_three, add_four = ADDERS[:4]
 # With tiles of four the other names are needed too, for code that is never reached.
 add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
@@ -102,14 +101,14 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         (panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // panel_bytes, 1
     )
     chunks = (panels - first + per_chunk - 1) // per_chunk
-    team[words.X], team[words.X_WIDTH] = x.ctypes.data, x.shape[1]
-    team[words.W], team[words.DEPTH_OF] = w.ctypes.data, w.shape[1]
-    team[words.SCALE] = scale.ctypes.data
-    team[words.Y], team[words.Y_WIDTH] = y.ctypes.data, y.shape[1]
-    team[words.TOKENS], team[words.FIRST], team[words.LAST] = tokens, first, panels
-    team[words.PER_CHUNK], team[words.KIND], team[words.SEATS] = per_chunk, kind, threads - 1
-    put(team, words.DONE, 0)
-    put(team, words.CLAIM, chunks << HALF)
+    job = team[words.JOB : words.JOB + words.JOB_WORDS]
+    job[words.X], job[words.X_WIDTH] = x.ctypes.data, x.shape[1]
+    job[words.W], job[words.DEPTH_OF] = w.ctypes.data, w.shape[1]
+    job[words.SCALE] = scale.ctypes.data
+    job[words.Y], job[words.Y_WIDTH] = y.ctypes.data, y.shape[1]
+    job[words.TOKENS], job[words.FIRST], job[words.LAST] = tokens, first, panels
+    job[words.PER_CHUNK], job[words.KIND] = per_chunk, kind
+    words.post(team, chunks, threads - 1)
     own = 0
     while True:
         index = words.add(team, words.CLAIM, 1) & MASK
@@ -118,48 +117,22 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         start = first + index * per_chunk
         add_panels(x, w, scale, y, tokens, start, min(start + per_chunk, panels))
         own += 1
-    waits = 0
-    while peek(team, words.DONE) + own < chunks:
-        spin(waits)
-        waits += 1
-    put(team, words.BUSY, 0)
+    words.finish(team, chunks - own)
 
 
 @compiled
-def _help(team: Any, index: int) -> None:
+def help_product(team: Any, index: int) -> None:
     """Do a chunk of the shared product."""
-    first, last, per_chunk = team[words.FIRST], team[words.LAST], team[words.PER_CHUNK]
+    job = team[words.JOB : words.JOB + words.JOB_WORDS]
+    first, last, per_chunk = job[words.FIRST], job[words.LAST], job[words.PER_CHUNK]
     start = first + index * per_chunk
-    stop, tokens, depth = min(start + per_chunk, last), team[words.TOKENS], team[words.DEPTH_OF]
-    x = carray(floats_at(team[words.X]), (tokens, team[words.X_WIDTH]))
-    y = carray(floats_at(team[words.Y]), (tokens, team[words.Y_WIDTH]))
-    scale = carray(floats_at(team[words.SCALE]), (last * PANEL,))
-    if team[words.KIND] == FLOATS:
-        w = carray(floats_at(team[words.W]), (last, depth, PANEL))
+    stop, tokens, depth = min(start + per_chunk, last), job[words.TOKENS], job[words.DEPTH_OF]
+    x = carray(floats_at(job[words.X]), (tokens, job[words.X_WIDTH]))
+    y = carray(floats_at(job[words.Y]), (tokens, job[words.Y_WIDTH]))
+    scale = carray(floats_at(job[words.SCALE]), (last * PANEL,))
+    if job[words.KIND] == FLOATS:
+        w = carray(floats_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, w, scale, y, tokens, start, stop)
     else:
-        steps = carray(bytes_at(team[words.W]), (last, depth, PANEL))
+        steps = carray(bytes_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, steps, scale, y, tokens, start, stop)
-
-
-@compiled
-def serve(team: Any, helper: int) -> None:
-    """Help with all that is shared, until nothing has been for a while or one is not wanted.
-
-    Args:
-        team: see there.
-        helper: which one this is.
-    """
-    idle = 0
-    while idle < words.PATIENCE and helper < peek(team, words.HELPERS):
-        word = peek(team, words.CLAIM)
-        if word & MASK >= word >> HALF or helper >= peek(team, words.SEATS):
-            spin(idle)
-            idle += 1
-            continue
-        idle = 0
-        word = words.add(team, words.CLAIM, 1)
-        if word & MASK < word >> HALF:
-            _help(team, word & MASK)
-            words.add(team, words.DONE, 1)
-    put(team, words.AWAKE + words.LINE * helper, 0)

@@ -19,7 +19,8 @@ The token and whether it leaves are those of the whole head.
 import math
 from typing import Any
 
-from .cpu import _exp, norm, read_out, summary
+from .cpu import norm, read_out, summary
+from .exponential import exp
 from .panels import PANEL
 from .products import add_one, add_product, compiled
 
@@ -125,7 +126,7 @@ def _sums(at: Any, grow: Any, shrink: Any, top: Any) -> Any:
     """Sums of e to the power of logits below the top: at most, and at least."""
     most = least = top * 0
     for n in range(len(at)):
-        share = _exp(at[n] - top)
+        share = exp(at[n] - top)
         most += share * grow[n]
         least += share * shrink[n]
     return most, least
@@ -146,7 +147,7 @@ def _mass(row: int, top: Any, head: Any) -> Any:
         start = end + PANEL
         if panel < len(exact):
             for n in range(end, start):
-                share = _exp(logits[row, n] - top)
+                share = exp(logits[row, n] - top)
                 most += share
                 least += share
     return most, least

@@ -1,21 +1,21 @@
-"""Products that several threads share.
+"""Products and attention that several threads share.
 
-One thread decodes; *helpers* wait for products worth sharing. What they share is an array of words,
-so that no thread waits for another that has nothing to do with its work: a product is cut into
-chunks, whoever is there takes the next one, and the thread that decodes does all that nobody else
-takes. A helper which the system has put aside costs nothing but its own chunk's delay.
+One thread decodes; *helpers* wait for work worth sharing. What they share is an array of words, so
+that no thread waits for another that has nothing to do with its work: a product is cut into chunks,
+whoever is there takes the next one, and the thread that decodes does all that nobody else takes. A
+helper which the system has put aside costs nothing but its own chunk's delay.
 
 `team` is that array, int64, one cache line for each word that threads write in turn:
 
 - HELPERS: threads that may take part besides the one that decodes. 0 shares nothing.
-- BUSY: 1 while a product is shared; a second text decoded at the same time works alone meanwhile.
-- CLAIM: chunks of the product, in the upper half, and the next one that nobody has taken.
+- BUSY: 1 while something is shared; a second text decoded at the same time works alone meanwhile.
+- CLAIM: chunks of the work, in the upper half, and the next one that nobody has taken.
 - DONE: chunks that helpers have finished.
-- from JOB: the product itself, as addresses and sizes, and how many helpers it is worth.
+- from JOB: the work itself, as addresses and sizes, and how many helpers it is worth.
 - from AWAKE, a line each: whether a helper is in `serve`; `engine.team` wakes it if not.
 
 A chunk may be claimed only while CLAIM says that there is one, and the thread that decodes goes on
-only when every claimed chunk is done: so the product stands still while anybody works on it.
+only when every claimed chunk is done: so the job stands still while anybody works on it.
 """
 
 import platform
@@ -31,14 +31,18 @@ from .freshness import stamped
 
 LINE = 8  # words of a cache line
 HELPERS, BUSY, CLAIM, DONE, JOB = (LINE * n for n in range(5))
-(X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, PER_CHUNK, KIND, SEATS) = range(
-    JOB, JOB + 13
-)
-AWAKE = JOB + 2 * LINE
-FLOATS, BYTES = range(2)  # kinds of weights; states and sums are float32 with both
+# Words of the job, from JOB on.
+X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, PER_CHUNK, KIND = range(12)
+PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and two more strides
+JOB_WORDS = 19
+SEATS = JOB + JOB_WORDS
+AWAKE = JOB + 3 * LINE
+# Products with weights of two kinds, states and sums being float32 with both; and attention.
+FLOATS, BYTES, ATTENTION = range(3)
 
 HALF = 32
-LEAST_BYTES = 1 << 16  # of a matrix for each thread: less is read while a helper notices it
+MASK = (1 << HALF) - 1
+LEAST_BYTES = 1 << 16  # to read for each thread: less is read while a helper notices it
 CHUNK_BYTES = 1 << 14  # about, at least, so that claims are rare
 SHARES = 4  # chunks for each thread: those who start late, or are slow, take fewer
 # Rests of an idle helper before it sleeps, some milliseconds: what the thread that decodes does by
@@ -153,6 +157,16 @@ def floats_at(context: Any, address: Any) -> Any:
 
 
 @_instructions
+def integers_at(context: Any, address: Any) -> Any:
+    """A pointer to int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], _WORD.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@_instructions
 def bytes_at(context: Any, address: Any) -> Any:
     """A pointer to int8."""
 
@@ -168,3 +182,21 @@ def spin(count: int) -> None:
     _rest()
     if count % YIELD_AFTER == YIELD_AFTER - 1:
         _yield()
+
+
+@kept
+def post(team: Any, chunks: int, seats: int) -> None:
+    """Offer what stands in JOB, to so many helpers."""
+    team[SEATS] = seats
+    put(team, DONE, 0)
+    put(team, CLAIM, chunks << HALF)
+
+
+@kept
+def finish(team: Any, others: int) -> None:
+    """Wait for the chunks that helpers have taken, and let others share something."""
+    waits = 0
+    while peek(team, DONE) < others:
+        spin(waits)
+        waits += 1
+    put(team, BUSY, 0)

@@ -1,0 +1,57 @@
+"""The exponential as loops of compiled code need it."""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+
+def _bits_of_power(context: Any, exponent: Any) -> Any:
+    """2 ** exponent as float32, for int32 in -126..127: put where a float has its exponent."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bias, shift = (ir.Constant(ir.IntType(32), value) for value in (127, 23))
+        bits = builder.shl(builder.add(args[0], bias), shift)
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+_power_of_two: Any = intrinsic(_bits_of_power)
+
+
+def exp(x: Any) -> Any:
+    """The exponential; in float32 without a call, so that loops over it are vectors."""
+    raise NotImplementedError
+
+
+# exp(r) for |r| <= log(2) / 2, to 2e-8: its Taylor coefficients from the highest.
+_TERMS = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
+_LOG2E, _LEAST, _MOST = np.float32(math.log2(math.e)), np.float32(-87), np.float32(88)
+# log(2) in two parts, the first with few bits, so that n * _LN2_HIGH is exact.
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(math.log(2) - 0.693359375)
+
+
+@overload(exp, inline="always")
+def _exp_of(x: Any) -> Any:
+    def library_exp(x: Any) -> Any:
+        return math.exp(x)
+
+    def polynomial(x: Any) -> Any:
+        x = min(max(x, _LEAST), _MOST)
+        n = np.floor(x * _LOG2E + np.float32(0.5))
+        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        y = _TERMS[0]
+        y = y * r + _TERMS[1]
+        y = y * r + _TERMS[2]
+        y = y * r + _TERMS[3]
+        y = y * r + _TERMS[4]
+        y = y * r + _TERMS[5]
+        y = y * r + _TERMS[6]
+        return y * _power_of_two(np.int32(n))
+
+    return polynomial if x == types.float32 else library_exp
