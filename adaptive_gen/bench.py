@@ -136,8 +136,16 @@ def environment(model: Any) -> dict[str, Any]:
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "kernel_threads": team.threads(),  # of products in the back end `compiled`
+        "kernel_threads": team.threads(),  # in the back end `compiled`
     }
+
+
+def threads(recipe: Mapping[str, Any]) -> str:
+    """How many, and how many the compiled kernels had if that is another number."""
+    count = recipe["threads"]
+    own = recipe.get("kernel_threads", count)
+    text = f"{count} thread{'s' * (count > 1)}"
+    return text if own == count else f"{text} ({own} for compiled kernels)"
 
 
 def commit() -> str | None:

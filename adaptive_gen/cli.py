@@ -208,12 +208,15 @@ def export(
 
 def _show_comparison(name: str, found: dict[str, Any]) -> None:
     """The three arms as a table, the gains beneath it."""
+    from .bench import threads
+
     recipe, n_layers = found["recipe"], found["n_layers"]
     depth = {"adaptive": found["mean_depth"]}
     agreement = {"full_depth": found["agreement_full_depth"], "adaptive": found["agreement"]}
     ui.table(
         f"{name}: {recipe['prompts']} prompts, up to {recipe['max_new_tokens']} new tokens, "
-        f"{recipe['rounds']} rounds, {recipe['hardware']}, {recipe['dtype']}",
+        f"{recipe['rounds']} rounds, {recipe['hardware']}, {threads(recipe)}, "
+        f"{recipe['dtype']}",
         ("", "tok/s", "decode tok/s", "mean_depth", "agreement"),
         (
             (

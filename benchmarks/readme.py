@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptive_gen import bench
+
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"<!-- results: (\S*) -->\n(.*?)<!-- end of results -->\n", re.DOTALL)
 ROWS = (
@@ -74,7 +76,7 @@ def table(document: Mapping[str, Any], name: str) -> str:
         f"`wall_speedup` {adaptive['wall_speedup']:.2f}x over our own full depth{within}, "
         f"{over:.2f}x over transformers' `generate`. {found['model']}: "
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['n_layers']} layers; "
-        f"{recipe['hardware']}, {_threads(recipe)}, "
+        f"{recipe['hardware']}, {bench.threads(recipe)}, "
         f"{recipe['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"whole calls, {found['prompts']} prompts that calibration did not see "
         f"([results]({name}), commit {recipe['commit']}):",
@@ -84,14 +86,6 @@ def table(document: Mapping[str, Any], name: str) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _threads(recipe: Mapping[str, Any]) -> str:
-    """How many, and how many compiled products had if that is another number."""
-    threads = recipe["threads"]
-    own = recipe.get("kernel_threads", threads)
-    text = f"{threads} thread{'s' * (threads > 1)}"
-    return text if own == threads else f"{text} ({own} for compiled products)"
 
 
 def _depth(arm: str, found: Mapping[str, Any]) -> float:
