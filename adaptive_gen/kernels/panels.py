@@ -15,11 +15,12 @@ from numba.extending import intrinsic
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
 # A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
-_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
-TILE = 8 if _WIDE else 4  # tokens that share a reading of a panel
+WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+TILE = 8 if WIDE else 4  # tokens that share a reading of a panel
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
-_AHEAD = 1024  # bytes
+_LINE = 64  # bytes that come from memory at a time
+_AMD = binding.get_host_cpu_name().startswith(("zn", "bd", "bt"))
 _SUMS = ("contract", "nsz", "reassoc")
 
 
@@ -35,14 +36,26 @@ def _prefetch(builder: Any, address: Any, into: int) -> None:
     builder.call(instruction, [address, to_read, locality, data])
 
 
-def _adder(tokens: int, asks: str = "") -> Any:
+def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int], ...]:
+    """What to ask for while weights are read in order: how many bytes ahead, into which cache.
+
+    With one token AMD's processors follow the memory by themselves, and asking disturbs them;
+    with a few they look too few lines ahead. Intel's look too few lines ahead with any number,
+    and stop at the end of a page.
+    """
+    if _AMD:
+        return () if tokens == 1 else ((1024, 1),)
+    return ((1024, 1), (4096, 2)) if tokens == 1 and bytes_each > 1 else ((2048, 1), (8192, 2))
+
+
+def _adder(tokens: int, shared: bool = False) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
     Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype or int8, what each
     column of w is multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and
-    y, the panel, and which of how many calls for this panel it is. It may ask for memory before it
-    is needed: "ahead" in the order it reads; or the "next" panel, a job that all calls for this
-    panel share, so that memory is not idle while a panel is used again.
+    y, the panel, and which of how many calls for this panel it is. It asks for memory before it is
+    needed: in the order it reads, see `_asks`; or, where a panel's calls are several, for the next
+    panel, a job that they share, so that memory is not idle while a panel is used again.
     """
     # Sums that do not wait for each other: as many as the processor has under way at a time.
     chains = max(chains for chains in (1, 2, DEPTH) if chains == 1 or chains * tokens <= TILE)
@@ -107,24 +120,27 @@ def _adder(tokens: int, asks: str = "") -> Any:
             builder.position_at_end(loop)
             k = builder.phi(_WORD)
             sums = [[builder.phi(vector) for _ in range(tokens)] for _ in range(chains)]
-            grown = []
-            for chain in range(chains):
-                at = builder.add(k, ir.Constant(_WORD, chain))
+            grown = [list(chain) for chain in sums]
+            weight_bytes = w.dtype.bitwidth // 8
+            for turn in range(DEPTH):
+                at = builder.add(k, ir.Constant(_WORD, turn))
                 place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
-                if asks == "ahead":
-                    here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
-                    _prefetch(builder, builder.gep(here, [ir.Constant(_WORD, _AHEAD)]), into=1)
-                elif asks == "next":
+                if shared:
                     soon = builder.gep(following_panel, [builder.mul(at, step)])
                     _prefetch(builder, soon, into=2)
-                loaded = load(weights, place, w.dtype.bitwidth // 8)
+                elif turn * PANEL * weight_bytes % _LINE == 0:
+                    here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
+                    for ahead, level in _asks(tokens, weight_bytes):
+                        soon = builder.gep(here, [ir.Constant(_WORD, ahead)])
+                        _prefetch(builder, soon, into=level)
+                loaded = load(weights, place, weight_bytes)
                 if whole:
                     loaded = builder.sitofp(loaded, vector)
-                grown.append([])
-                for begin, total in zip(begins, sums[chain], strict=True):
+                chain = grown[turn % chains]
+                for m, begin in enumerate(begins):
                     product = builder.fmul(spread(builder.add(begin, at)), loaded, flags=_SUMS)
-                    grown[-1].append(builder.fadd(total, product, flags=_SUMS))
-            following = builder.add(k, ir.Constant(_WORD, chains))
+                    chain[m] = builder.fadd(chain[m], product, flags=_SUMS)
+            following = builder.add(k, ir.Constant(_WORD, DEPTH))
             k.add_incoming(ir.Constant(_WORD, 0), before)
             k.add_incoming(following, loop)
             for chain in range(chains):
@@ -150,7 +166,5 @@ def _adder(tokens: int, asks: str = "") -> Any:
     return intrinsic(add_panel)
 
 
-# One token alone leaves processors time to follow the memory by themselves: asking only disturbs
-# them. With a few they look too few lines ahead. More than one tile share what they ask for.
-ADDERS = (_adder(1), *(_adder(n, "ahead") for n in range(2, TILE + 1)))
-add_tile = _adder(TILE, "next")
+ADDERS = tuple(_adder(n) for n in range(1, TILE + 1))
+add_tile = _adder(TILE, shared=True)
