@@ -46,7 +46,7 @@ def one_thread():
 def patient():
     """Tests say what is logged; whether kernels are compiled depends on what ran before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptive_gen.engine.compiled.PATIENCE_S", 1e6)
+        patch.setattr("adaptive_gen.engine.machine_code.PATIENCE_S", 1e6)
         yield
 
 

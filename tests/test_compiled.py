@@ -12,12 +12,12 @@ import torch
 import adaptive_gen
 from adaptive_gen.confidence import MEASURES, Confidences
 from adaptive_gen.decoder import Decoder
-from adaptive_gen.engine import compiled, team
+from adaptive_gen.engine import compiled, panelled, team
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
-from adaptive_gen.engine.compiled import in_panels, padding
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
+from adaptive_gen.engine.panelled import in_panels, padding
 from adaptive_gen.kernels import cpu, panels, products
 from adaptive_gen.settings import state
 
@@ -49,7 +49,7 @@ def test_a_product_of_rounded_weights_is_that_of_what_they_stand_for():
 
 
 def test_a_panel_is_what_the_engine_takes_it_for():
-    assert (compiled.PANEL, compiled.DEPTH) == (panels.PANEL, panels.DEPTH)
+    assert (panelled.PANEL, panelled.DEPTH) == (panels.PANEL, panels.DEPTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,7 +85,7 @@ def backend_of(model, engine="auto", **kwargs):
 
 
 def test_without_numba_fused_runs_and_the_reason_is_given(tiny_llama, monkeypatch):
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    monkeypatch.setattr(panelled, "find_spec", lambda name: None)
     backend = backend_of(tiny_llama())
     assert backend.name == "fused" and "numba is not installed" in backend.reason
 

@@ -11,7 +11,7 @@ import torch
 
 import adaptive_gen
 from adaptive_gen.engine import team
-from adaptive_gen.engine.compiled import in_panels
+from adaptive_gen.engine.panelled import in_panels
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.kernels import products
 from adaptive_gen.kernels import team as words

@@ -13,25 +13,21 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import (
-    CompiledModel,
-    CompiledSegment,
-    Desk,
-    compiling,
-    most_tokens,
-    prepared,
-    threads,
-)
+from .compiled import CompiledSegment, most_tokens, prepared
 from .compiled_readout import CompiledConfidences, CompiledReadout
+from .desk import Desk
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
 from .fusing import Unfit, fuse, fuse_readout, stacked
 from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
+from .machine_code import compiling
+from .panelled import CompiledModel
 from .recorder import Direct
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
 from .stretch import LosslessStretch, Stretch, unfit
+from .team import threads
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once

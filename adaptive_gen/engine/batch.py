@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from . import compiled
+from .machine_code import kernel
 from .scheduler import Scheduler
 from .stretch import Emitted, Stretch
 
@@ -44,8 +44,8 @@ class BatchStretch(Stretch):
         shape, done = (len(rows), max(1, count)), np.zeros(len(rows), np.int64)
         results = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, math.nan)
         clock = time.perf_counter()
-        kernel, rules = compiled.kernel("batch"), scheduler.rules
-        kernel.decode(
+        rules = scheduler.rules
+        kernel("batch").decode(
             np.array(tokens),
             np.array([*ends], np.int64),
             np.full(len(rows), count),

@@ -8,9 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
-from .compiled import MOST_ROWS, PANEL, helpers, in_panels, kernel, padding
+from .compiled import MOST_ROWS
 from .fused import FusedReadout, Matrix
 from .int8 import Int8Matrix
+from .machine_code import kernel
+from .panelled import PANEL, in_panels, padding
+from .team import helpers
 
 # A smaller head stays in the caches, where reading less of it gains nothing.
 SCREENED_BYTES = 1 << 20

@@ -16,11 +16,12 @@ from torch import nn
 
 from ..confidence import GATE
 from ..policy import ByThreshold
-from . import compiled
-from .compiled import MOST_ROWS, CompiledSegment, Desk
+from .compiled import MOST_ROWS, CompiledSegment
 from .compiled_readout import CompiledConfidences, CompiledReadout
+from .desk import Desk
 from .drafts import DraftLength
 from .fusing import gain
+from .machine_code import kernel
 from .scheduler import Scheduler
 
 # How long a stretch may take: tokens are shown when it ends, and 20 times a second looks steady.
@@ -68,7 +69,7 @@ class Stretch:
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
         self._model = embedding.weight.detach().numpy(), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
-        self._measure = compiled.kernel("screen").MEASURES.index(measure)
+        self._measure = kernel("screen").MEASURES.index(measure)
         self._least: dict[tuple[int, float], float] = {}
         self._pace = 1
 
@@ -159,7 +160,7 @@ class Stretch:
         """Call the kernel; see `kernels.decode`."""
         rules = self._scheduler.rules
         propagate = int(rules.kv == "propagate")
-        return compiled.kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
+        return kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
 
     def _emitted(
         self, tokens: list[int], exits: list[int], confidences: list[float]
@@ -213,7 +214,7 @@ class LosslessStretch(Stretch):
 
     def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
         drafts, (row,) = self._drafts, self._scheduler.rows
-        done = compiled.kernel("lossless").decode(
+        done = kernel("lossless").decode(
             token, ends, count, drafts.shallow, drafts.most, drafts.record, *args
         )
         row.cap, row.drafts = drafts.length, 0

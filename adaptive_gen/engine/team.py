@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import compiled
+from .machine_code import kernel
 
 MOST_HELPERS = 15  # memory has nothing left for more
 _AT_EXIT_S = 1.0
@@ -44,12 +44,17 @@ def ready(most: int = MOST_HELPERS) -> Any:
     return _team.ready(most)
 
 
+def helpers(matrix_bytes: int) -> Any:
+    """Who helps the kernels with matrices of up to so many bytes; what they take for `team`."""
+    return ready(matrix_bytes // kernel("team").LEAST_BYTES - 1)
+
+
 class Team:
     """The helpers of this process."""
 
     def __init__(self):
         """Nobody yet."""
-        words = compiled.kernel("team")
+        words = kernel("team")
         self._line, self._awake_at, self._helpers_at = words.LINE, words.AWAKE, words.HELPERS
         size = self._awake_at + self._line * MOST_HELPERS
         whole = np.zeros(size + self._line, np.int64)
@@ -84,7 +89,7 @@ class Team:
     def _hire(self, helpers: int) -> None:
         with self._lock:
             if not self._calls:
-                serve = compiled.kernel("helping").serve
+                serve = kernel("helping").serve
                 serve(self._alone, 0)  # compiles it, here where somebody says what takes so long
             while len(self._calls) < min(helpers, self._most):
                 call, helper = threading.Event(), len(self._calls)
@@ -100,7 +105,7 @@ class Team:
                 self._calls.append(call)
 
     def _live(self, helper: int, call: threading.Event) -> None:
-        serve = compiled.kernel("helping").serve
+        serve = kernel("helping").serve
         while True:
             call.wait()
             call.clear()

@@ -1,0 +1,95 @@
+"""What one generation's decoding steps by compiled kernels work on.
+
+Axes: `rows`, `time`, `hidden`, `tokens` (of all rows, without filling).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import Span
+from .panelled import padding
+from .positions import Positions
+from .team import helpers, threads
+from .workspace import Sizes
+
+
+class Desk:
+    """Buffers of one generation's decoding steps; what runs in two threads must not share them."""
+
+    def __init__(self, sizes: Sizes, like: Tensor, room: int):
+        """Make them for blocks of up to `room` tokens, in the dtype of `like`."""
+        self.room = room
+        every = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+        mixed = sizes.heads * sizes.head_dim
+        self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
+        self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
+        wide = 2 * sizes.intermediate
+        self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
+        widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
+        self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
+        self._work = (*self._buffers, self._scores(64))
+        self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
+        self._tokens = np.zeros((room, 2), np.int64)
+        self._outs: dict[tuple[int, int], Tensor] = {}
+        self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
+        self._span: Any = None  # the one that is placed
+
+    def _scores(self, room: int) -> Any:
+        """For attention to `room` keys, a row for each thread."""
+        return np.zeros((threads(), room), self.x.dtype)
+
+    def buffers(self, seen: int) -> tuple[Any, ...]:
+        """What the kernels work in, with room for scores of `seen` keys."""
+        if self._work[-1].shape[1] < seen:
+            self._work = (*self._buffers, self._scores(1 << seen.bit_length()))
+        return *self._work, helpers(self._largest)
+
+    def memory(self, kv: Tensor) -> Any:
+        """The memory of a cache as an array."""
+        if self._memory[0] is not kv:
+            self._memory = kv, kv.numpy()
+        return self._memory[1]
+
+    def out(self, rows: int, time: int) -> Tensor:
+        """The first rows * time hidden states as a block [rows, time, hidden]."""
+        if (rows, time) not in self._outs:
+            self._outs[rows, time] = self.hidden[: rows * time].view(rows, time, -1)
+        return self._outs[rows, time]
+
+    def place(self, positions: Positions, hidden: Tensor, span: Span) -> None:
+        """Work out where a block's tokens stand and how they are rotated, unless that is known."""
+        at = span.rows, span.starts, span.counts
+        if at == self._span:
+            return
+        self._span = at
+        count = sum(span.counts)
+        self.tokens = self._tokens[:count]
+        rows = range(len(span.starts)) if span.rows is None else span.rows
+        first = 0
+        for row, start, length in zip(rows, span.starts, span.counts, strict=True):
+            for i in range(length):
+                self.tokens[first + i, 0], self.tokens[first + i, 1] = row, start + i
+            first += length
+        self.filling = count < len(span.starts) * span.time
+        if self.filling:
+            counted = enumerate(span.counts)
+            self.index = torch.tensor([r * span.time + i for r, n in counted for i in range(n)])
+        if positions.tabled:
+            turns = self.turns_until(positions, hidden, span.stop)
+            alone = len(span.starts) == 1
+            self.turns = turns[span.starts[0] : span.stop] if alone else turns[self.tokens[:, 1]]
+            return
+        turns = torch.view_as_real(positions.turns(hidden, span))
+        turns = turns.expand(len(span.starts), -1, -1, -1).flatten(0, 1)
+        turns = turns[self.index] if self.filling else turns
+        self.turns = turns.contiguous().numpy()
+
+    def turns_until(self, positions: Positions, like: Tensor, stop: int) -> Any:
+        """Cos and sin of the positions below `stop` or more, [.., head_dim / 2, 2]."""
+        if len(self._turns) < stop:
+            everything = Span((0,), (1 << stop.bit_length(),))
+            self._turns = torch.view_as_real(positions.turns(like, everything))[0].numpy()
+        return self._turns

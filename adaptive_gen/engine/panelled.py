@@ -1,0 +1,122 @@
+"""A prepared model's matrices once more, laid out as the compiled kernels read them.
+
+Axes: `layers`, `panels`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .fused import FusedModel, Matrix
+from .int8 import Int8Matrix
+from .positions import SLIDING
+
+PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
+MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
+_LINE = 64  # bytes that a cache holds together
+
+
+def unfit(model: FusedModel) -> str:
+    """Why a prepared model cannot be run by compiled code; empty if it can."""
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    sizes = model.sizes
+    widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
+    if any(width % DEPTH for width in widths):
+        return f"its widths {widths} are no multiples of {DEPTH}"
+    return ""
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A `FusedModel`, and its matrices once more in panels; see `kernels.panels`."""
+
+    fused: FusedModel
+    weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
+    scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
+    biases: tuple[Any, ...]  # of qkv and out, and gains of queries and keys; see `kernels.cpu`
+    floors: Any
+    windows: Any
+
+    @classmethod
+    def of(cls, model: FusedModel) -> "CompiledModel":
+        """Copy the layers' weights."""
+        positions, layers = model.decoder.positions, model.layers
+        like, window = model.qk_floor, positions.window or 0
+        weights, scales = _in_order([[getattr(x, name) for name in MATRICES] for x in layers], like)
+        return cls(
+            model,
+            weights,
+            scales,
+            tuple(
+                _stacked([getattr(layer, name) for layer in layers], axes, like)
+                for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
+            ),
+            like.new_tensor([model.sizes.floor, float(model.qk_floor)]).numpy(),
+            np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
+        )
+
+
+def _in_order(layers: list[list[Matrix]], like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Each layer's matrices in panels, one behind the other, and their scales.
+
+    They lie in memory as they are read: what is asked for ahead of one is the next one's beginning.
+    """
+    arrays, weights, scales = [], [], []
+    for layer, matrices in enumerate(layers):
+        panels, factors = zip(*(in_panels(matrix, like) for matrix in matrices), strict=True)
+        if not layer:
+            ends = np.cumsum([array.size for array in panels])
+            room = aligned((len(layers), int(ends[-1])), panels[0].dtype)
+            arrays = np.split(room, ends[:-1], axis=1)
+            weights = [
+                array.reshape(len(layers), *first.shape)
+                for array, first in zip(arrays, panels, strict=True)
+            ]
+        for array, of_layer in zip(weights, panels, strict=True):
+            array[layer] = of_layer
+        scales.append(factors)
+    return tuple(weights), tuple(np.stack(of_kind) for of_kind in zip(*scales, strict=True))
+
+
+def aligned(shape: Sequence[int], dtype: Any) -> Any:
+    """An empty array that begins with a cache line; numpy puts large ones on large pages."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _LINE, np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
+    """An [in, out] matrix as [panels, in, PANEL] with zeros at the end, and its columns' scale.
+
+    What is not rounded has a scale of 1, in the dtype of `like`.
+    """
+    if isinstance(matrix, Int8Matrix):
+        steps, scale = matrix.steps.t(), matrix.scale.to(like.dtype)
+    else:
+        steps, scale = matrix, like.new_ones(matrix.shape[1])
+    inner, outer = steps.shape
+    padded = F.pad(steps, (0, padding(outer))).view(inner, -1, PANEL)
+    panels = aligned((padded.shape[1], inner, PANEL), padded.numpy().dtype)
+    torch.from_numpy(panels).copy_(padded.transpose(0, 1))
+    return panels, F.pad(scale, (0, padding(outer))).numpy()
+
+
+def padding(columns: int) -> int:
+    """Columns that are missing to whole panels."""
+    return -columns % PANEL
+
+
+def _stacked(parts: list[Tensor | None], axes: int, like: Tensor) -> Any:
+    """The parts in one array; without entries where the model has none."""
+    found = [part for part in parts if part is not None]
+    stack = torch.stack(found) if found else like.new_empty(len(parts), *[0] * axes)
+    return stack.contiguous().numpy()
