@@ -11,11 +11,11 @@ import torch
 
 import adaptive_gen
 from adaptive_gen.engine import team
-from adaptive_gen.engine.panelled import in_panels
 from adaptive_gen.engine.int8 import Int8Matrix
+from adaptive_gen.engine.panelled import in_panels
 from adaptive_gen.kernels import products
 from adaptive_gen.kernels import team as words
-from adaptive_gen.kernels.attending import attend
+from adaptive_gen.kernels.attending import TOGETHER, attend
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(5, 12)[None]
@@ -70,7 +70,10 @@ def test_shared_attention_is_the_same_to_the_bit(helped, tokens, window):
     projected = np.random.randn(5, (heads + 2 * kv_heads) * size).astype(np.float32)
     place = np.array([[1, context + i] for i in range(tokens)])
     alone = np.zeros(words.AWAKE + words.LINE, np.int64)
-    scores, expected = np.zeros((3, 1000), np.float32), np.zeros((5, heads * size), np.float32)
+    scores, expected = (
+        np.zeros((3, TOGETHER, 1024), np.float32),
+        np.zeros((5, heads * size), np.float32),
+    )
     attend(projected, expected, kv, 1, place, window, scores, alone)
     assert expected[:tokens].any() and not expected[tokens:].any()
     for _ in range(50):
@@ -82,7 +85,7 @@ def test_shared_attention_is_the_same_to_the_bit(helped, tokens, window):
 def test_helpers_attend_too(helped):
     kv, shared = np.ones((1, 2, 1, 8, 4096, 64), np.float32), team.ready()
     projected, mixed = np.ones((1, 24 * 64), np.float32), np.zeros((1, 512), np.float32)
-    scores = np.zeros((3, 4096), np.float32)
+    scores = np.zeros((3, TOGETHER, 4096), np.float32)
 
     def helped_out():
         attend(projected, mixed, kv, 0, np.array([[0, 4000]]), 0, scores, team.ready())

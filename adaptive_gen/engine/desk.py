@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import Span
+from .machine_code import kernel
 from .panelled import padding
 from .positions import Positions
 from .team import helpers, threads
@@ -38,12 +39,12 @@ class Desk:
         self._span: Any = None  # the one that is placed
 
     def _scores(self, room: int) -> Any:
-        """For attention to `room` keys, a row for each thread."""
-        return np.zeros((threads(), room), self.x.dtype)
+        """For attention to fewer than `room` keys, in each thread."""
+        return np.zeros((threads(), kernel("attending").TOGETHER, room), self.x.dtype)
 
     def buffers(self, seen: int) -> tuple[Any, ...]:
         """What the kernels work in, with room for scores of `seen` keys."""
-        if self._work[-1].shape[1] < seen:
+        if self._work[-1].shape[2] <= seen:
             self._work = (*self._buffers, self._scores(1 << seen.bit_length()))
         return *self._work, helpers(self._largest)
 

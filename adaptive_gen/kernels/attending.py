@@ -1,6 +1,6 @@
 """Attention of a few tokens to the keys in the cache, alone or with helpers (see `team`).
 
-Axes as in `cpu`; a *pair* is a token of the block and a head, `heads` * token + head.
+Axes as in `cpu`; a *pair* is a token of the block and one of the queries' heads.
 """
 
 from typing import Any
@@ -12,57 +12,42 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .exponential import exp
+from .lanes import LANES, add_values, multiply_lanes, score_keys, share_out
 from .products import compiled
 from .team import ATTENTION, LEAST_BYTES, MASK, SHARES, floats_at, integers_at
+
+TOGETHER = 8  # queries that read keys and values together
+NEAR = 64  # values that stay in the first cache meanwhile
+# Of each of them: where the query and the result stand, how many keys it sees, its own scores.
+QUERY, OUT, SEEN, OWN = range(4)
 
 
 @compiled
 def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
     """One head's attention to [keys, head_dim]; `scores` has room for them."""
-    zero = query.dtype.type(0)
     count, size = keys.shape
     most = query.dtype.type(-np.inf)
-    j = 0
-    while j + 4 <= count:  # four sums at a time keep the adders busy
-        p, q, r, s = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
-        a, b, c, e = zero, zero, zero, zero
-        for d in range(size):
-            of = query[d]
-            a += of * p[d]
-            b += of * q[d]
-            c += of * r[d]
-            e += of * s[d]
-        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = a, b, c, e
-        most = max(max(most, a), max(b, max(c, e)))
-        j += 4
-    while j < count:
-        p, a = keys[j], zero
-        for d in range(size):
-            a += query[d] * p[d]
-        scores[j] = a
-        most = max(most, a)
-        j += 1
-    total = zero
+    for j in range(count):
+        scores[j] = _product(query, keys[j])
+        most = max(most, scores[j])
+    total = query.dtype.type(0)
     for j in range(count):
         scores[j] = exp(scores[j] - most)
         total += scores[j]
     for d in range(size):
-        out[d] = zero
-    j = 0
-    while j + 4 <= count:
-        a, b, c, e = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-        p, q, r, s = values[j], values[j + 1], values[j + 2], values[j + 3]
+        out[d] = 0
+    for j in range(count):
+        share, value = scores[j] / total, values[j]
         for d in range(size):
-            out[d] += (a * p[d] + b * q[d]) + (c * r[d] + e * s[d])
-        j += 4
-    while j < count:
-        a, p = scores[j], values[j]
-        for d in range(size):
-            out[d] += a * p[d]
-        j += 1
-    factor = query.dtype.type(1) / total
-    for d in range(size):
-        out[d] *= factor
+            out[d] += share * value[d]
+
+
+@compiled
+def _product(query: Any, key: Any) -> Any:
+    total = query.dtype.type(0)
+    for d in range(query.shape[0]):
+        total += query[d] * key[d]
+    return total
 
 
 def _addressed(x: Any) -> Any:
@@ -100,24 +85,24 @@ def attend(
         layer: which one.
         place: [tokens, 2], row and position.
         window: positions a token sees; 0 is all.
-        scores: [threads, capacity].
+        scores: [threads, TOGETHER, more than any token's keys], the last a multiple of LANES.
         team: see there.
     """
     tokens, head_dim = place.shape[0], kv.shape[5]
     pairs = tokens * (mixed.shape[1] // head_dim)
-    if not _addressed(kv) or kv.strides[4] != head_dim * kv.itemsize:
+    if not _addressed(kv):
         for pair in range(pairs):
-            _attend_pair(pair, projected, mixed, kv, layer, place, window, scores[0])
+            _attend_pair(pair, projected, mixed, kv, layer, place, window, scores[0, 0])
         return
     job = np.empty(words.JOB_WORDS, np.int64)
     job[words.X], job[words.X_WIDTH] = projected.ctypes.data, projected.shape[1]
     job[words.Y], job[words.Y_WIDTH] = mixed.ctypes.data, mixed.shape[1]
     job[words.W], job[words.DEPTH_OF] = kv[layer].ctypes.data, head_dim
-    for axis in range(3):
+    for axis in range(4):
         job[words.STRIDES + axis] = kv.strides[axis + 1]
     job[words.KV_HEADS], job[words.WINDOW] = kv.shape[3], window
     job[words.PLACE], job[words.TOKENS] = place.ctypes.data, tokens
-    job[words.SCALE], job[words.SCORES] = scores.ctypes.data, scores.shape[1]
+    job[words.SCALE], job[words.SCORES] = scores.ctypes.data, scores.shape[2]
     longest = place[tokens - 1, 1] + 1
     longest = min(longest, window) if window else longest
     read = 2 * pairs * longest * head_dim * kv.itemsize
@@ -168,29 +153,110 @@ def _attend_pair(
 def _attend_pairs(job: Any, first_pair: int, last_pair: int, thread: int) -> None:
     """The same by addresses, for pairs `first_pair`..`last_pair`, whoever does it.
 
-    So it is the same machine code, and rounds alike, in every thread.
+    So it is the same machine code, and rounds alike, in every thread. Pairs are counted by the head
+    of the keys, then by token, then by the queries' head; those that see the same keys go together.
     """
-    tokens, head_dim, room = job[words.TOKENS], job[words.DEPTH_OF], job[words.SCORES]
-    projected = carray(floats_at(job[words.X]), (tokens, job[words.X_WIDTH]))
-    mixed = carray(floats_at(job[words.Y]), (tokens, job[words.Y_WIDTH]))
+    tokens, head_dim = job[words.TOKENS], job[words.DEPTH_OF]
+    group = job[words.Y_WIDTH] // head_dim // job[words.KV_HEADS]
     place = carray(integers_at(job[words.PLACE]), (tokens, 2))
-    scores = carray(floats_at(job[words.SCALE] + 4 * room * thread), (room,))
-    of_kind, of_row, of_head = (
-        job[words.STRIDES],
-        job[words.STRIDES + 1],
-        job[words.STRIDES + 2],
-    )
-    heads, window = job[words.Y_WIDTH] // head_dim, job[words.WINDOW]
-    group = heads // job[words.KV_HEADS]
-    for pair in range(first_pair, last_pair):
-        m, h = pair // heads, pair % heads
-        seen = place[m, 1] + 1
-        first = max(0, seen - window) if window else 0
-        at = job[words.W] + place[m, 0] * of_row + (h // group) * of_head + 4 * first * head_dim
-        shape = seen - first, head_dim
-        keys, values = carray(floats_at(at), shape), carray(floats_at(at + of_kind), shape)
-        start, stop = h * head_dim, (h + 1) * head_dim
-        attend_head(projected[m, start:stop], keys, values, scores, mixed[m, start:stop])
+    own_scores = job[words.SCALE] + 4 * job[words.SCORES] * TOGETHER * thread
+    window = job[words.WINDOW]
+    kv_head = first_pair // (group * tokens)
+    m, g = first_pair % (group * tokens) // group, first_pair % group
+    together = np.empty((TOGETHER, 4), np.int64)
+    pair = first_pair
+    while pair < last_pair:
+        row, first, count = place[m, 0], _first_seen(place[m, 1], window), 0
+        keys = job[words.W] + row * job[words.STRIDES + 1] + kv_head * job[words.STRIDES + 2]
+        keys += first * job[words.STRIDES + 3]
+        while pair < last_pair and count < TOGETHER and m < tokens:
+            if place[m, 0] != row or _first_seen(place[m, 1], window) != first:
+                break
+            at = 4 * (kv_head * group + g) * head_dim
+            together[count, QUERY] = job[words.X] + 4 * m * job[words.X_WIDTH] + at
+            together[count, OUT] = job[words.Y] + 4 * m * job[words.Y_WIDTH] + at
+            together[count, SEEN] = place[m, 1] + 1 - first
+            together[count, OWN] = own_scores + 4 * job[words.SCORES] * count
+            pair, count, g = pair + 1, count + 1, g + 1
+            if g == group:
+                g, m = 0, m + 1
+        _attend_together(together[:count], head_dim, keys, job)
+        if m == tokens:
+            m, kv_head = 0, kv_head + 1
+
+
+@compiled
+def _first_seen(position: int, window: int) -> int:
+    return max(0, position + 1 - window) if window else 0
+
+
+@compiled
+def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
+    """Attention by several queries to the keys from `keys` on, those that see fewest first.
+
+    together: [queries, 4], see `QUERY`.
+    """
+    step, room = job[words.STRIDES + 3], job[words.SCORES]
+    values, count, wide = keys + job[words.STRIDES], len(together), head_dim % LANES == 0
+    common = together[0, SEEN] // LANES * LANES if wide else 0
+    for j in range(0, common, LANES):
+        for n in range(count):
+            own = together[n, OWN] + 4 * j
+            score_keys(together[n, QUERY], head_dim, keys + j * step, step, own)
+    for n in range(count):
+        query, seen, own = together[n, QUERY], together[n, SEEN], together[n, OWN]
+        if wide and seen >= LANES:
+            j = common
+            while j < seen:
+                j = min(j, seen - LANES)  # some of the last for the second time
+                score_keys(query, head_dim, keys + j * step, step, own + 4 * j)
+                j += LANES
+        else:
+            _score_each(query, head_dim, keys, step, seen, own)
+        share_out(own, seen, own + 4 * (room - 1))
+    for j in range(0, together[count - 1, SEEN], NEAR):
+        for n in range(count):
+            own, seen, out = together[n, OWN] + 4 * j, together[n, SEEN], together[n, OUT]
+            seen, near = min(NEAR, seen - j), values + j * step
+            if wide:
+                for d in range(0, 4 * head_dim, 4 * LANES):
+                    add_values(own, seen, near + d, step, out + d, j == 0)
+            else:
+                _add_each(own, seen, near, step, out, head_dim, j == 0)
+    for n in range(count):
+        out, factor = together[n, OUT], together[n, OWN] + 4 * (room - 1)
+        if wide:
+            for d in range(0, 4 * head_dim, 4 * LANES):
+                multiply_lanes(out + d, factor)
+        else:
+            _multiply(out, head_dim, factor)
+
+
+@compiled
+def _score_each(query: int, size: int, keys: int, step: int, count: int, scores: int) -> None:
+    of, found = carray(floats_at(query), (size,)), carray(floats_at(scores), (count,))
+    for j in range(count):
+        found[j] = _product(of, carray(floats_at(keys + j * step), (size,)))
+
+
+@compiled
+def _add_each(
+    shares: int, count: int, values: int, step: int, out: int, size: int, anew: bool
+) -> None:
+    of, total = carray(floats_at(shares), (max(count, 0),)), carray(floats_at(out), (size,))
+    if anew:
+        total[:] = 0
+    for j in range(count):
+        value = carray(floats_at(values + j * step), (size,))
+        for d in range(size):
+            total[d] += of[j] * value[d]
+
+
+@compiled
+def _multiply(numbers: int, size: int, factor: int) -> None:
+    of, by = carray(floats_at(numbers), (size,)), carray(floats_at(factor), (1,))
+    for n in range(size):
+        of[n] *= by[0]
 
 
 @compiled

@@ -12,9 +12,12 @@ Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from .attending import attend
 from .exponential import exp
+from .lanes import LANES, copy_lanes, turn_pairs
 from .panels import PANEL
 from .products import add_product, compiled
 
@@ -30,6 +33,21 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
         factor = x.dtype.type(1) / np.sqrt(total)
         for n in range(into.shape[0]):
             into[n] = row[n] * factor
+
+
+def _by_lanes(kv: Any) -> Any:
+    """Whether numbers of this dtype can be rotated and copied LANES at a time."""
+    raise NotImplementedError
+
+
+@overload(_by_lanes, inline="always")
+def _by_lanes_of(kv: Any) -> Any:
+    floats = kv.dtype == types.float32
+
+    def known(kv: Any) -> Any:
+        return floats
+
+    return known
 
 
 @compiled
@@ -54,6 +72,58 @@ def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
         factor = heads.dtype.type(1) / np.sqrt(total)
         for d in range(head.shape[0]):
             head[d] *= factor * gain[h, d]
+
+
+@compiled
+def _place(
+    projected: Any,
+    first: int,
+    heads: int,
+    turns: Any,
+    kv: Any,
+    layer: int,
+    place: Any,
+    gains: Any,
+    floor: float,
+) -> None:
+    """Norm and rotate queries and keys, in place, and put keys and values into the cache.
+
+    Args:
+        projected: queries, keys and values of each token, [room, qkv in whole panels].
+        first: head to begin with: `heads` leaves the queries out.
+        heads: queries of a token.
+        turns: see `run_layers`; likewise `kv` and `place`.
+        layer: which one.
+        gains: of queries and keys, [heads + kv_heads, head_dim], if there are any.
+        floor: what their norms divide by at least.
+    """
+    head_dim, kv_heads = kv.shape[5], kv.shape[3]
+    turned, every = heads + kv_heads, heads + 2 * kv_heads
+    wide = _by_lanes(kv) and head_dim % LANES == 0
+    for m in range(place.shape[0]):
+        row, position = place[m, 0], place[m, 1]
+        if gains.shape[0]:
+            by_head = projected[m, : every * head_dim].reshape(every, head_dim)
+            _norm_heads(by_head[first:turned], gains[first:], floor)
+        if wide:
+            at = projected.ctypes.data + 4 * m * projected.shape[1]
+            turn = turns.ctypes.data + 4 * m * head_dim
+            for n in range(first * head_dim, turned * head_dim, LANES):
+                turn_pairs(at + 4 * n, turn + 4 * (n % head_dim))
+            into = kv.ctypes.data + layer * kv.strides[0] + row * kv.strides[2]
+            into += position * kv.strides[4]
+            for h in range(kv_heads):
+                key, value = at + 4 * (heads + h) * head_dim, at + 4 * (turned + h) * head_dim
+                for n in range(0, 4 * head_dim, 4 * LANES):
+                    copy_lanes(key + n, into + n)
+                    copy_lanes(value + n, into + kv.strides[1] + n)
+                into += kv.strides[3]
+            continue
+        by_head = projected[m, : every * head_dim].reshape(every, head_dim)
+        _turn(by_head[first:turned], turns[m])
+        for h in range(kv_heads):
+            kv[layer, 0, row, h, position] = by_head[heads + h]
+            kv[layer, 1, row, h, position] = by_head[turned + h]
 
 
 @compiled
@@ -96,32 +166,22 @@ def run_layers(
         floors: what norms of hidden states, and of queries and keys, divide by at least.
         windows: of each layer, how many positions a token sees; 0 is all.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
-            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores [threads,
-            capacity], and who helps, see `team`.
+            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores, see
+            `attending.attend`, and who helps, see `team`.
     """
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gains = biases
     normed, projected, mixed, wide, scores, team = buffers
-    tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
-    heads = out.shape[2] // head_dim
-    inner = down.shape[2]
-    every = (heads + 2 * kv_heads) * head_dim
+    tokens, inner = place.shape[0], down.shape[2]
+    heads = out.shape[2] // kv.shape[5]
     one = x.dtype.type(1)
     for layer in range(start, stop):
         norm(x, floors[0], normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
-        for m in range(tokens):
-            row, position = place[m, 0], place[m, 1]
-            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
-            if gains.shape[1]:
-                _norm_heads(by_head[: heads + kv_heads], gains[layer], floors[1])
-            _turn(by_head[: heads + kv_heads], turns[m])
-            for h in range(kv_heads):
-                kv[layer, 0, row, h, position] = by_head[heads + h]
-                kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
+        _place(projected, 0, heads, turns, kv, layer, place, gains[layer], floors[1])
         attend(projected, mixed, kv, layer, place, windows[layer], scores, team)
         add_product(mixed, out[layer], out_scale[layer], x, tokens, team)
         _add_bias(x, out_bias[layer], tokens)
@@ -156,24 +216,13 @@ def store_layers(
     Arguments are those of `run_layers`; `heads` are the queries'.
     """
     normed, projected, team = buffers[0], buffers[1], buffers[5]
-    tokens, head_dim, kv_heads = place.shape[0], kv.shape[5], kv.shape[3]
-    every = (heads + 2 * kv_heads) * head_dim
+    tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
     norm(x, floors[0], normed, tokens)
     for layer in range(start, stop):
         projected[:tokens] = 0
-        first = heads * head_dim // PANEL
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
         _add_bias(projected, qkv_bias[layer], tokens)
-        for m in range(tokens):
-            row, position = place[m, 0], place[m, 1]
-            by_head = projected[m, :every].reshape(heads + 2 * kv_heads, head_dim)
-            keys = by_head[heads : heads + kv_heads]
-            if gains.shape[1]:
-                _norm_heads(keys, gains[layer, heads:], floors[1])
-            _turn(keys, turns[m])
-            for h in range(kv_heads):
-                kv[layer, 0, row, h, position] = keys[h]
-                kv[layer, 1, row, h, position] = by_head[heads + kv_heads + h]
+        _place(projected, heads, heads, turns, kv, layer, place, gains[layer], floors[1])
 
 
 @compiled

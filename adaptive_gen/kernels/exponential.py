@@ -34,6 +34,7 @@ _LOG2E, _LEAST, _MOST = np.float32(math.log2(math.e)), np.float32(-87), np.float
 # log(2) in two parts, the first with few bits, so that n * _LN2_HIGH is exact.
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(math.log(2) - 0.693359375)
+_FUSED = ("contract",)
 
 
 @overload(exp, inline="always")
@@ -55,3 +56,27 @@ def _exp_of(x: Any) -> Any:
         return y * _power_of_two(np.int32(n))
 
     return polynomial if x == types.float32 else library_exp
+
+
+def exp_lanes(builder: Any, x: Any) -> Any:
+    """The same for LLVM's vectors of float32, which must not be above 0."""
+    kind, lanes = x.type, x.type.count
+    integers = ir.VectorType(ir.IntType(32), lanes)
+
+    def every(value: Any, kind: Any = kind) -> Any:
+        return ir.Constant(kind, [value if kind is integers else float(value)] * lanes)
+
+    def add_product(total: Any, one: Any, other: Any) -> Any:
+        return builder.fadd(total, builder.fmul(one, other, flags=_FUSED), flags=_FUSED)
+
+    x = builder.select(builder.fcmp_ordered(">", x, every(_LEAST)), x, every(_LEAST))
+    # The nearest whole number, for what is below 0 is cut off towards it.
+    whole = builder.fptosi(add_product(every(-0.5), x, every(_LOG2E)), integers)
+    n = builder.sitofp(whole, kind)
+    r = add_product(add_product(x, n, every(-_LN2_HIGH)), n, every(-_LN2_LOW))
+    y = every(_TERMS[0])
+    for term in _TERMS[1:]:
+        y = add_product(every(term), y, r)
+    exponent = builder.add(whole, every(127, integers))
+    power = builder.bitcast(builder.shl(exponent, every(23, integers)), kind)
+    return builder.fmul(y, power)

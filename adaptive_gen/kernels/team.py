@@ -33,8 +33,8 @@ LINE = 8  # words of a cache line
 HELPERS, BUSY, CLAIM, DONE, JOB = (LINE * n for n in range(5))
 # Words of the job, from JOB on.
 X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, PER_CHUNK, KIND = range(12)
-PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and two more strides
-JOB_WORDS = 19
+PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strides
+JOB_WORDS = 20
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
 # Products with weights of two kinds, states and sums being float32 with both; and attention.
