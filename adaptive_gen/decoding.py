@@ -100,33 +100,41 @@ class TokenLoop:
         """Whether every text has ended."""
         return not self._open
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
         """Decode until a stopping criterion holds for every row."""
-        clock = time.perf_counter()
         self._prefill()
         while self._open:
-            first = any(not text.steps for text in self.texts.rows)
-            if self._stretch is not None and not first:
-                steps = self._run_stretch()
-            else:
-                readout = self.scheduler.step()
-                if readout is None:
-                    continue
-                steps = self._settle(readout)
-            self._count(time.perf_counter() - clock, first)
-            yield from steps
-            clock = time.perf_counter()
+            yield from self._next()
         if self.streamer is not None:
             self.streamer.end()
 
+    @torch.no_grad()
+    def _next(self) -> list[Step]:
+        """Decode until there are new tokens, or a row goes on to its next segment."""
+        clock = time.perf_counter()
+        first = any(not text.steps for text in self.texts.rows)
+        if self._stretch is not None and not first:
+            steps = self._run_stretch()
+        else:
+            readout = self.scheduler.step()
+            steps = [] if readout is None else self._settle(readout)
+        seconds = time.perf_counter() - clock
+        if first:
+            self.prefill_s += seconds
+        else:
+            self.decode_s += seconds
+        return steps
+
+    @torch.no_grad()
     def _prefill(self) -> None:
+        clock = time.perf_counter()
         width, held = self.texts.prompts.shape[1], self.scheduler.cache.lengths[0]
         counts = [length - h for length, h in zip(self._lengths, held, strict=True)]
         prompts = self.texts.prompts.new_zeros(len(counts), max(counts))
         for row, count in enumerate(counts):
             prompts[row, :count] = self.texts.prompts[row, width - count :]
         self.scheduler.prefill(prompts, counts)
+        self.prefill_s += time.perf_counter() - clock
 
     def _limit_drafts(self) -> None:
         """Let every row draft as much as is worth it, as far as that is known."""
@@ -285,12 +293,6 @@ class TokenLoop:
         if growing and self._stretch is None:
             rows = tuple(text.place for text in growing)
             self.scheduler.feed(rows, self.texts.newest(growing))
-
-    def _count(self, seconds: float, first: bool) -> None:
-        if first:
-            self.prefill_s += seconds
-        else:
-            self.decode_s += seconds
 
     def report(self) -> Report:
         """The account of what has been decoded so far."""

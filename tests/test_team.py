@@ -70,10 +70,8 @@ def test_shared_attention_is_the_same_to_the_bit(helped, tokens, window):
     projected = np.random.randn(5, (heads + 2 * kv_heads) * size).astype(np.float32)
     place = np.array([[1, context + i] for i in range(tokens)])
     alone = np.zeros(words.AWAKE + words.LINE, np.int64)
-    scores, expected = (
-        np.zeros((3, TOGETHER, 1024), np.float32),
-        np.zeros((5, heads * size), np.float32),
-    )
+    scores = np.zeros((3, TOGETHER, 1024), np.float32)
+    expected = np.zeros((5, heads * size), np.float32)
     attend(projected, expected, kv, 1, place, window, scores, alone)
     assert expected[:tokens].any() and not expected[tokens:].any()
     for _ in range(50):

@@ -26,7 +26,7 @@ from .panelled import CompiledModel
 from .recorder import Direct
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
-from .stretch import LosslessStretch, Stretch, unfit
+from .stretch import LosslessStretch, Pace, Stretch, unfit
 from .team import threads
 from .workspace import Workspace
 
@@ -121,6 +121,7 @@ class Backend:
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._readout_signature: Any = None
         self._readout: FusedReadout | CompiledReadout | GraphReadout | None = None
+        self._paces: dict[tuple[str, int], Pace] = {}
         self._compile_s = 0.0
 
     @property
@@ -221,10 +222,11 @@ class Backend:
         """
         if not self.name.startswith("compiled") or unfit(scheduler, drafts is not None):
             return None
+        pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
         if drafts is not None:
-            found = LosslessStretch(scheduler, drafts)
+            found = LosslessStretch(scheduler, pace, drafts)
         else:
-            found = (BatchStretch if len(scheduler.rows) > 1 else Stretch)(scheduler)
+            found = (BatchStretch if len(scheduler.rows) > 1 else Stretch)(scheduler, pace)
         if self._signatures.get(type(found).__name__) != self.name:
             self._signatures[type(found).__name__] = self.name
             clock = time.perf_counter()

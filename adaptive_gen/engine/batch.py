@@ -7,16 +7,16 @@ import numpy as np
 
 from .machine_code import kernel
 from .scheduler import Scheduler
-from .stretch import Emitted, Stretch
+from .stretch import Emitted, Pace, Stretch
 
 
 class BatchStretch(Stretch):
     """Decodes the texts of a scheduler whose prompts have been run; texts may be dropped."""
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, pace: Pace):
         """Prepare what stays the same."""
         self._rows_read = len(scheduler.rows)
-        super().__init__(scheduler)
+        super().__init__(scheduler, pace)
         room, width = self._desk.x.shape
         turn = self._like.new_zeros(room, self._compiled.fused.sizes.head_dim // 2, 2).numpy()
         newest = self._like.new_zeros(self._rows_read, width).numpy()
@@ -26,7 +26,7 @@ class BatchStretch(Stretch):
     def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Emitted]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows
-        count = min(*most, self._pace)
+        count = min(*most, self._pace.tokens)
         starts = np.array([row.position + (row.stage < 0) for row in rows])
         lengths = self._lengths()
         # A row's newest token may be on its way already.
@@ -57,7 +57,7 @@ class BatchStretch(Stretch):
             asking,
             (*results, done),
         )
-        self._keep_pace(time.perf_counter() - clock, int(done.max()))
+        self._pace.keep(time.perf_counter() - clock, int(done.max()))
         scheduler.go_on(
             (starts + done - (stages < 0)).tolist(),
             stages.tolist(),

@@ -38,6 +38,17 @@ class Emitted(NamedTuple):
     confidence: float  # as the policy would have been shown it; nan at full depth
 
 
+class Pace:
+    """How many tokens a stretch may decode, by how long those before it took."""
+
+    tokens = 1
+
+    def keep(self, seconds: float, tokens: int) -> None:
+        """Learn from a stretch."""
+        if tokens:
+            self.tokens = max(1, min(MOST, int(SECONDS * tokens / seconds)))
+
+
 class Stretch:
     """Decodes the text of a scheduler that has one row and is past its prompt.
 
@@ -46,8 +57,13 @@ class Stretch:
 
     _rows_read = 1  # hidden states to read out at once
 
-    def __init__(self, scheduler: Scheduler):
-        """Prepare what stays the same; `unfit` must have found no reason not to."""
+    def __init__(self, scheduler: Scheduler, pace: Pace):
+        """Prepare what stays the same; `unfit` must have found no reason not to.
+
+        Args:
+            scheduler: of the text.
+            pace: of the model's texts.
+        """
         self._scheduler, first = scheduler, scheduler.segments[0]
         readout, rules = scheduler.readout, scheduler.rules
         assert isinstance(first, CompiledSegment) and isinstance(readout, CompiledReadout)
@@ -71,7 +87,7 @@ class Stretch:
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
         self._least: dict[tuple[int, float], float] = {}
-        self._pace = 1
+        self._pace = pace
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -99,7 +115,7 @@ class Stretch:
             For each text at least one, unless `most` is 0; the last of them may have ended it.
         """
         scheduler, (row,) = self._scheduler, self._scheduler.rows
-        count = min(*most, self._pace)
+        count = min(*most, self._pace.tokens)
         room = min(*most, count + self._surplus)
         lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
@@ -118,7 +134,7 @@ class Stretch:
             asking,
             results,
         )
-        self._keep_pace(time.perf_counter() - clock, done)
+        self._pace.keep(time.perf_counter() - clock, done)
         state = lengths[:, None].tolist(), waiting[:, None].tolist(), tallies.tolist()
         scheduler.go_on([row.position + done], [-1], *state)
         return [self._emitted(*(result[:done].tolist() for result in results))]
@@ -145,11 +161,6 @@ class Stretch:
         for queue, view in zip(queues, self._views, strict=True):
             queue.wait_in(view)
         return np.array([queue.counts for queue in queues])
-
-    def _keep_pace(self, seconds: float, tokens: int) -> None:
-        """Choose how many tokens come next from how long the last ones took."""
-        if tokens:
-            self._pace = max(1, min(MOST, int(SECONDS * tokens / seconds)))
 
     @property
     def _surplus(self) -> int:
@@ -198,14 +209,15 @@ class LosslessStretch(Stretch):
 
     _rows_read = 8
 
-    def __init__(self, scheduler: Scheduler, drafts: DraftLength):
+    def __init__(self, scheduler: Scheduler, pace: Pace, drafts: DraftLength):
         """Prepare.
 
         Args:
             scheduler: nothing waits in its queues.
+            pace: of the model's texts.
             drafts: how many are worth making; learns from what becomes of them.
         """
-        super().__init__(scheduler)
+        super().__init__(scheduler, pace)
         self._drafts = drafts
 
     @property
