@@ -4,6 +4,7 @@ Axes: `batch`, `time`, `hidden`, `vocab`. Depth is an argument: the model's conf
 read and never written. Which models qualify is decided by `probe`, not by a list of names.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,12 @@ class Decoder:
     def layers(self) -> Any:
         """The model's decoder layers, in order."""
         return self._parts.layers
+
+    def with_layer(self, index: int, layer: Any) -> "Decoder":
+        """The same decoder, which runs another layer in place of one of the model's."""
+        decoder = copy.copy(self)
+        decoder._parts = self._parts.with_layer(index, layer)
+        return decoder
 
     def embed(self, ids: Tensor, start: int | Sequence[int] | Tensor = 0) -> Tensor:
         """Token ids [batch, time] -> hidden states [batch, time, hidden] before the first layer.

@@ -84,6 +84,7 @@ class TokenLoop:
             backend.confidences(settings.confidences),
             settings.rules,
             readout,
+            backend.embed,
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None

@@ -5,6 +5,7 @@ also place tokens by learned embeddings instead of rotating keys. Parts are look
 every use, so a module that is replaced later (an adapter on the embedding, say) is what runs.
 """
 
+import copy
 import inspect
 from typing import Any, cast
 
@@ -87,6 +88,13 @@ class Parts:
         self._extra = {"alibi": None} if "alibi" in known else {}
         # Falcon's eager attention adds its mask without asking whether there is one.
         self._always_mask = bool(self._extra) and model.config._attn_implementation == "eager"
+        self._instead: dict[int, nn.Module] = {}  # layers that `call` runs, not the model's own
+
+    def with_layer(self, index: int, layer: nn.Module) -> "Parts":
+        """The same parts, but `call` runs another layer in place of one."""
+        parts = copy.copy(self)
+        parts._instead = {**self._instead, index: layer}
+        return parts
 
     def check_layers(self) -> None:
         """Raise `ModelError` if the layers need what `call` does not give them."""
@@ -194,5 +202,6 @@ class Parts:
         }
         if not isinstance(self.rotary_emb, Unrotated):
             keywords["position_embeddings"] = position_embeddings
-        out = self.layers[index](hidden, **keywords)
+        layer = self._instead[index] if index in self._instead else self.layers[index]
+        out = layer(hidden, **keywords)
         return out[0] if isinstance(out, tuple) else out

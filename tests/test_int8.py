@@ -13,7 +13,7 @@ from adaptive_gen.engine.fused import FusedSegment
 from adaptive_gen.engine.fusing import fuse, stacked
 from adaptive_gen.engine.int8 import MATRICES, Int8Matrix, quantised
 from adaptive_gen.engine.workspace import Workspace
-from adaptive_gen.errors import OptionError
+from adaptive_gen.errors import ModelError, OptionError
 
 PROMPT = torch.arange(3, 11)[None]
 
@@ -36,7 +36,7 @@ def test_a_column_of_zeros_stays_zero():
 def test_it_computes_the_model_with_rounded_weights(tiny_llama):
     """Up to bfloat16, in which the activations enter each product."""
     decoder = Decoder(tiny_llama().eval())
-    ours = quantised(fuse(decoder))
+    ours = fuse(decoder, quantised)
     layers = [
         replace(layer, **{name: getattr(layer, name).float() for name in MATRICES})
         for layer in ours.layers
@@ -79,3 +79,44 @@ def test_a_model_that_fused_cannot_run_has_no_int8_weights(tiny_llama):
         adaptive_gen.wrap(tiny_llama(), engine="module", weights="int8")
     with pytest.raises(OptionError, match="weights='int4' is unknown; use one of own, int8"):
         adaptive_gen.wrap(tiny_llama(), weights="int4")
+
+
+@pytest.mark.parametrize("engine", ["compiled", "fused"])
+@pytest.mark.parametrize(
+    "settings", [{"threshold": 0.3}, {"threshold": 0.3, "lossless": True}, {"threshold": 1.0}]
+)
+def test_a_bfloat16_checkpoint_is_rounded_as_its_float32_copy_is(tiny_llama, engine, settings):
+    """Tokens, exits and confidences: nothing is computed in bfloat16."""
+    outs = []
+    for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
+        model = adaptive_gen.wrap(model, exit_layers=[2, 4], engine=engine, weights="int8")
+        out = model.generate(
+            PROMPT,
+            adaptive=True,
+            **settings,
+            max_new_tokens=40,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        outs.append((out.sequences.tolist(), out.exit_layers.tolist()))
+        assert out.report.engine == f"{engine}-int8"
+        assert next(model.parameters()).dtype == (
+            torch.float32 if len(outs) > 1 else torch.bfloat16
+        )
+    assert outs[0] == outs[1]
+
+
+def test_a_batch_of_a_bfloat16_checkpoint_is_its_float32_copys(tiny_llama):
+    texts = []
+    for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
+        model = adaptive_gen.wrap(model, exit_layers=[2, 4], weights="int8")
+        ids = torch.stack([PROMPT[0], PROMPT[0] + 20])
+        texts.append(
+            model.generate(ids, adaptive=True, threshold=0.3, max_new_tokens=30, do_sample=False)
+        )
+    assert torch.equal(*texts)
+
+
+def test_float16_on_a_cpu_is_told_what_can_be_rounded(tiny_llama):
+    with pytest.raises(ModelError, match="for bfloat16 with weights='int8'"):
+        adaptive_gen.wrap(tiny_llama().half(), weights="int8")

@@ -18,7 +18,7 @@ from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
-from .fusing import Unfit, fuse, fuse_readout, stacked
+from .fusing import Unfit, fuse, fuse_readout, stacked, wide
 from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
 from .machine_code import compiling
@@ -164,6 +164,11 @@ class Backend:
             return [*segments]
         desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
         return [CompiledSegment(compiled, segment, desk) for segment in segments]
+
+    def embed(self, ids: Tensor, start: int | Sequence[int] = 0) -> Tensor:
+        """Hidden states before the first of the latest segments; see `Decoder.embed`."""
+        hidden = self.decoder.embed(ids, start)
+        return hidden if self.name == "module" or self.name in ON_SLABS else wide(hidden)
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
@@ -318,9 +323,8 @@ class Backend:
         if signature != self._signatures.get("fused"):
             self._fused, self._stacks, self._signatures["fused"] = None, {}, signature
             try:
-                self._fused = fuse(self.decoder)
-                if self.weights == "int8":
-                    self._fused = quantised(self._fused)
+                rounded = quantised if self.weights == "int8" else None
+                self._fused = fuse(self.decoder, rounded)
             except Unfit as error:
                 self._causes["fused"] = str(error)
         return "" if self._fused is not None else self._causes["fused"]

@@ -4,18 +4,24 @@ Whether a model has the shape that `fused` computes is decided by comparison wit
 end, not by its name.
 """
 
+import copy
 import math
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..decoder import Decoder
 from .cache import KVCache, side_by_side
 from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix
 from .int8 import Int8Matrix
 from .workspace import Sizes, Workspace
+
+WIDE = (torch.float32, torch.float64)  # what hidden states and sums are in here
 
 
 class Unfit(Exception):
@@ -35,18 +41,24 @@ def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | 
     return faster_order(stack), bias
 
 
-def fuse(decoder: Decoder) -> FusedModel:
-    """Prepare a decoder's layers.
+def fuse(decoder: Decoder, rounded: Callable[[Layer], Layer] | None = None) -> FusedModel:
+    """Prepare a decoder's layers, one after the other.
+
+    Args:
+        decoder: whose layers they are.
+        rounded: makes of each layer what is kept of it, once it is known to be right. Layers in
+            bfloat16 are only prepared for that: their hidden states are then float32.
 
     Raises:
         Unfit: they are not of the shape computed here, or on a device or in a dtype it is not for.
     """
     layers: Any = list(decoder.layers)
     weight = next(layers[0].parameters())
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+    known = WIDE if rounded is None else (*WIDE, torch.bfloat16)
+    if weight.device.type != "cpu" or weight.dtype not in known:
         raise Unfit(
-            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs "
-            "(load it with dtype=torch.float32)"
+            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs, "
+            "and for bfloat16 with weights='int8' (load it with dtype=torch.float32)"
         )
     if decoder.positions.rotary_by_type:
         raise Unfit("its rotary embeddings differ by layer")
@@ -62,27 +74,41 @@ def fuse(decoder: Decoder) -> FusedModel:
             intermediate=layers[0].mlp.up_proj.out_features,
             floor=_floor(layers[0].input_layernorm),
         )
-        model = FusedModel(
-            decoder=decoder,
-            layers=[_layer(layer) for layer in layers],
-            sizes=sizes,
-            qk_floor=weight.new_tensor(_floor(getattr(first, "q_norm", None))),
-        )
-        _compare(model)
+        floor = _floor(getattr(first, "q_norm", None))
+        model = FusedModel(decoder, [], sizes, wide(weight[:0]).new_tensor(floor))
+        order = faster_order if rounded is None else torch.Tensor.contiguous
+        states = _states(decoder)
+        for index, layer in enumerate(layers):
+            layer, own = wide(layer), layer
+            model.layers.append(_layer(layer, order))
+            reference = decoder if layer is own else decoder.with_layer(index, layer)
+            states = _compared(model, reference, index, states)
+            if rounded is not None:
+                model.layers[index] = rounded(model.layers[index])
     except (AttributeError, RuntimeError) as error:
         raise Unfit(f"its layers are of another shape ({error})") from None
     return model
+
+
+def wide(thing: Any) -> Any:
+    """A tensor or module as it is if it is in float32 or 64, else a copy in float32."""
+    dtype = thing.dtype if isinstance(thing, Tensor) else next(thing.parameters()).dtype
+    if dtype in WIDE:
+        return thing
+    return thing.float() if isinstance(thing, Tensor) else copy.deepcopy(thing).float()
 
 
 def fuse_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
     """Prepare a root-mean-square norm and the head behind it; None if the norm is another."""
     if not hasattr(norm, "variance_epsilon"):
         return None
-    matrix = faster_order((head.weight * gain(norm)).t())
-    readout = FusedReadout(matrix, head.weight.new_tensor(_floor(norm)))
+    norm, weight = wide(norm), wide(head.weight)
+    matrix = faster_order((weight * gain(norm)).t())
+    readout = FusedReadout(matrix, weight.new_tensor(_floor(norm)))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, head.in_features, generator=generator, dtype=head.weight.dtype)
-    return readout if _difference(readout(hidden), head(norm(hidden))) is None else None
+    hidden = torch.randn(3, head.in_features, generator=generator, dtype=weight.dtype)
+    expected = F.linear(norm(hidden), weight)
+    return readout if _difference(readout(hidden), expected) is None else None
 
 
 def _floor(norm: Any) -> float:
@@ -95,7 +121,7 @@ def gain(norm: Any) -> Tensor:
     return norm.weight * math.sqrt(norm.weight.numel())
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any, order: Callable[[Tensor], Tensor]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -122,13 +148,13 @@ def _layer(layer: Any) -> Layer:
     q, k = (_paired(m, attention.head_dim) for m in (q, k))
     biases[:2] = (None if b is None else _paired(b, attention.head_dim) for b in biases[:2])
     return Layer(
-        qkv=faster_order(torch.cat([q, k, v]).t()),
+        qkv=order(torch.cat([q, k, v]).t()),
         qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
         qk_gain=qk_gain,
-        out=faster_order(linears[3].weight.t()),
+        out=order(linears[3].weight.t()),
         out_bias=linears[3].bias,
-        gate_up=faster_order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),
-        down=faster_order(linears[6].weight.t()),
+        gate_up=order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),
+        down=order(linears[6].weight.t()),
     )
 
 
@@ -154,21 +180,29 @@ def faster_order(matrix: Tensor) -> Tensor:
     return by_row if best[1] < best[0] else by_column
 
 
-def _compare(model: FusedModel) -> None:
-    """Raise `Unfit` unless random tokens come out as the module back end gives them."""
-    decoder = model.decoder
-    caches = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
-    everything = stacked(model, 0, decoder.n_layers)
-    whole = FusedSegment(model, 0, decoder.n_layers, everything, Workspace(model.sizes))
+def _states(decoder: Decoder) -> list[Tensor]:
+    """Random tokens before the first layer, as a prompt, one token, a block and one token."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (1, 10), generator=generator)
-    for part in ids.split([5, 1, 3, 1], dim=1):
-        hidden = decoder.embed(part, caches[1].lengths[0])
-        ours = whole.run(hidden, caches[0])
-        theirs = decoder.run(hidden, 0, decoder.n_layers, caches[1])
-        difference = _difference(ours, theirs)
+    bounds = pairwise([0, 5, 6, 9, 10])
+    return [wide(decoder.embed(ids[:, start:stop], start)) for start, stop in bounds]
+
+
+def _compared(
+    model: FusedModel, decoder: Decoder, index: int, states: list[Tensor]
+) -> list[Tensor]:
+    """What the module back end's layer `index` makes of `states`; `Unfit` if ours makes others."""
+    caches = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
+    stack = model.layers[index].qkv, None  # which is not needed to run it
+    ours = FusedSegment(model, index, index + 1, stack, Workspace(model.sizes))
+    found = []
+    for hidden in states:
+        theirs = decoder.run(hidden, index, index + 1, caches[1])
+        difference = _difference(ours.run(hidden, caches[0]), theirs)
         if difference is not None:
             raise Unfit(f"its layers compute something else (they differ by {difference:.2g})")
+        found.append(theirs)
+    return found
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float | None:

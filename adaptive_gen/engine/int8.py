@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .fused import FusedModel, FusedReadout
+    from .fused import FusedReadout, Layer
 
 _STEPS = 127
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
@@ -42,16 +42,9 @@ class Int8Matrix:
         return (self.steps * self.scale[:, None].float()).t()
 
 
-def quantised(model: "FusedModel") -> "FusedModel":
-    """The model with all its matrices in 8 bits; biases and gains stay as they are."""
-    layers = [
-        replace(
-            layer,
-            **{name: Int8Matrix.of(getattr(layer, name)) for name in MATRICES},
-        )
-        for layer in model.layers
-    ]
-    return replace(model, layers=layers)
+def quantised(layer: "Layer") -> "Layer":
+    """A layer with all its matrices in 8 bits; biases and gains stay as they are."""
+    return replace(layer, **{name: Int8Matrix.of(getattr(layer, name)) for name in MATRICES})
 
 
 def quantised_readout(readout: "FusedReadout") -> "FusedReadout":

@@ -43,22 +43,25 @@ class Scheduler:
         confidences: Confidences,
         rules: Rules | None = None,
         readout: Callable[[Tensor, int], Tensor] | None = None,
+        embed: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
     ):
         """Set up empty queues.
 
         Args:
-            decoder: embeds and reads out.
+            decoder: the model.
             segments: the model's layers, in order, without gaps.
             cache: with a row per text, empty or as far as its text has been run before.
             policy: asked at the end of every segment but the last.
             confidences: what the policy is shown.
             rules: how tokens move.
             readout: (hidden, exit layer) -> logits [rows, vocab]; None is the decoder's own.
+            embed: (ids, starts) -> hidden states before the first segment; likewise.
         """
         self.decoder, self.segments, self.cache = decoder, segments, cache
         self.policy, self.confidences = policy, confidences
         self.rules = rules or Rules()
         self.readout = readout or decoder.readout
+        self.embed = embed or decoder.embed
         self.queues = [Queue(cache.batch) for _ in segments]
         self.rows = [Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
         exit_layers = [segment.stop for segment in segments]
@@ -86,7 +89,7 @@ class Scheduler:
             counts: tokens of each row; None is `time` for all.
         """
         counts = counts or [ids.shape[1]] * len(self.rows)
-        self.queues[0].push(self.decoder.embed(ids, self.cache.lengths[0]), counts)
+        self.queues[0].push(self.embed(ids, self.cache.lengths[0]), counts)
         for row, count, held in zip(self.rows, counts, self.cache.lengths[0], strict=True):
             row.stage, row.prompt, row.deep = 0, held + count, self.rules.prefill == "full"
 
@@ -94,7 +97,7 @@ class Scheduler:
         """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
         every = None if len(rows) == len(self.rows) else rows
         starts = [self.cache.lengths[0][row] for row in rows]
-        self.queues[0].lend(self.decoder.embed(tokens, starts), [1] * len(rows), every)
+        self.queues[0].lend(self.embed(tokens, starts), [1] * len(rows), every)
         for index in rows:
             row = self.rows[index]
             row.stage, row.deep, row.checks = 0, False, ()

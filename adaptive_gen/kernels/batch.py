@@ -18,7 +18,7 @@ in front of it, with all that waits there for them. What changes with several te
 from typing import Any
 
 from .cpu import compiled, run_layers
-from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, gate_of, observe
+from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .screen import GATE, leaves, look, token_of
 
 
@@ -156,7 +156,6 @@ def decode(
     """
     _, waiting, counts, _, stages, shallow, _ = state
     tokens, _, _, done = results
-    width = model[0].shape[1]
     going = True
     for r in range(len(most)):
         going = going and done[r] < most[r]
@@ -164,7 +163,7 @@ def decode(
         for r in range(len(stages)):
             if stages[r] == -1:
                 token = tokens[r, done[r] - 1] if done[r] else newest[r]
-                waiting[0, r, 0, :width] = model[0][token]
+                embed(model[0], token, waiting[0, r, 0])
                 counts[0, r], stages[r] = 1, 0
         s = _next_segment(stages, shallow, shallow_passes)
         rows = _advance(s, model, desk, state)

@@ -6,7 +6,7 @@ thresholds, worked out beforehand for every position.
 
 What belongs together travels together:
 
-- `model`: embedding [vocab, hidden]; weights, scales, biases, floors and windows of the layers, see
+- `model`: embedding, see `embed`; weights, scales, biases, floors and windows of the layers, see
   `cpu.run_layers`; the head, see `screen`; the gates' weights [exits, hidden], for what `cpu.norm`
   gives, and biases [exits]; layers that have run before each segment, and all of them,
   [segments + 1].
@@ -28,8 +28,13 @@ Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 import math
 from typing import Any
 
+import numpy as np
+from numba import types
+from numba.extending import overload
+
 from ..engine import thrift
 from .cpu import compiled, norm, run_layers, store_layers
+from .exponential import float_of
 from .screen import GATE, leaves, look, token_of
 from .team import kept
 
@@ -186,8 +191,8 @@ def descend(
     x = desk[0]
     counts, (tokens, exits, confidences) = state[2], results
     asked, _, _, worth, records = asking
-    width, last = model[0].shape[1], len(counts) - 1
-    x[0, :width] = model[0][token]
+    last = len(counts) - 1
+    embed(model[0], token, x[0])
     block = 1
     for s in range(last):
         if propagate and block > 1:
@@ -211,6 +216,36 @@ def descend(
     state[4][DEEP_PASSES] += 1
     state[4][CAUGHT_UP] += block - 1
     return -1, block
+
+
+def _number(bits: Any) -> Any:
+    """A number of an embedding as its hidden states have it."""
+    raise NotImplementedError
+
+
+@overload(_number, inline="always")
+def _number_of(bits: Any) -> Any:
+    def same(bits: Any) -> Any:
+        return bits
+
+    def from_bfloat16(bits: Any) -> Any:
+        return float_of(np.uint32(bits) << np.uint32(16))
+
+    return from_bfloat16 if bits == types.uint16 else same
+
+
+@compiled
+def embed(table: Any, token: int, x: Any) -> None:
+    """Write a token's hidden state before the first layer.
+
+    Args:
+        table: [vocab, hidden], of x's dtype; or bfloat16 as uint16, for x in float32.
+        token: whose.
+        x: [hidden or more].
+    """
+    row = table[token]
+    for n in range(row.shape[0]):
+        x[n] = _number(row[n])
 
 
 @compiled
