@@ -82,6 +82,7 @@ def compare(
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
         **environment(model),
+        "weights": state(model).backend.weights,
         **_setting(resolved),
         "prompts": len(prompts),
         "prompts_sha256": digest(prompts),

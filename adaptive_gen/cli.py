@@ -52,11 +52,13 @@ def chat(
     temperature: options.Temperature = None,
     lossless: options.Lossless = False,
     audit: options.Audit = False,
+    weights: options.Weights = "own",
 ) -> None:
     """Talk to a model. Ctrl-C ends a reply, Ctrl-D the chat; a pipe is read line by line."""
     depth = {**options.dial(threshold, target_speedup), **options.mode(lossless, audit)}
     decoding = options.decoding(max_new_tokens, temperature)
-    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    read = options.weights_of(weights)
+    loaded, tokenizer = options.load_model(model, calibration=calibration, **read)
     from .conversation import Conversation
     from .settings import state
 
@@ -85,15 +87,17 @@ def generate(
     temperature: options.Temperature = None,
     lossless: options.Lossless = False,
     audit: options.Audit = False,
+    weights: options.Weights = "own",
     as_json: options.Json = False,
 ) -> None:
     """Continue one text: the answer on stdout, what it cost on stderr."""
     depth = {**options.dial(threshold, target_speedup), **options.mode(lossless, audit)}
     decoding = options.decoding(max_new_tokens, temperature)
+    read = options.weights_of(weights)
     prompt = _read_pipe() if prompt is None else prompt
     if not prompt:
         raise OptionError("the prompt is empty; give it at least one word.")
-    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    loaded, tokenizer = options.load_model(model, calibration=calibration, **read)
     if not as_json:
         reply = _reply(loaded, tokenizer, prompt, depth, decoding)
         raise typer.Exit(0 if reply.whole else 130)
@@ -162,16 +166,18 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(metavar="N", help="Runs over all prompts; medians count.")
     ] = None,
+    weights: options.Weights = "own",
     as_json: options.Json = False,
 ) -> None:
     """Measure the gain over full depth and over transformers."""
     depth = options.dial(threshold, target_speedup)
     options.at_least_one("--max-new-tokens", max_new_tokens)
     options.at_least_one("--rounds", rounds)
+    weights_read = options.weights_of(weights)
     from .prompts import bench_prompts, read
 
     texts = bench_prompts() if prompts is None else read(prompts)
-    loaded, tokenizer = options.load_model(model, calibration=calibration)
+    loaded, tokenizer = options.load_model(model, calibration=calibration, **weights_read)
     from .bench import MAX_NEW_TOKENS, ROUNDS, compare
 
     found = compare(
@@ -216,7 +222,7 @@ def _show_comparison(name: str, found: dict[str, Any]) -> None:
     ui.table(
         f"{name}: {recipe['prompts']} prompts, up to {recipe['max_new_tokens']} new tokens, "
         f"{recipe['rounds']} rounds, {recipe['hardware']}, {threads(recipe)}, "
-        f"{recipe['dtype']}",
+        f"{recipe['dtype']}" + ", int8 weights" * (recipe["weights"] == "int8"),
         ("", "tok/s", "decode tok/s", "mean_depth", "agreement"),
         (
             (

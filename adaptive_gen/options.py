@@ -45,6 +45,12 @@ Lossless = Annotated[
 Audit = Annotated[
     bool, typer.Option("--audit", help="Count how often full depth would have said the same.")
 ]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="own|int8", help="int8: read weights in 8 bits, faster, not quite the same model."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest reply, in tokens.")]
 Temperature = Annotated[
     float | None,
@@ -132,6 +138,17 @@ def something_to_export(exit_layer: int | None, with_generate: bool) -> None:
             "nothing says what to export; give --exit-layer N for a sub-model, or --with-generate "
             "for the whole model."
         )
+
+
+def weights_of(weights: str) -> dict[str, str]:
+    """What a model's weights are read as, as a keyword of `load`.
+
+    Raises:
+        OptionError: nothing that is known.
+    """
+    if weights not in ("own", "int8"):
+        raise OptionError(f"--weights {weights} is unknown; give own, or int8.")
+    return {"weights": weights}
 
 
 def at_least_one(option: str, value: int | None) -> None:

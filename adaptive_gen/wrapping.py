@@ -59,7 +59,7 @@ def wrap(
             any device.
         weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and
             not quite the same model (the README says by how much). The model's own weights stay as
-            they are.
+            they are; they may be bfloat16, and hidden states are then float32.
 
     Returns:
         The same object; `isinstance` with its own class still holds.

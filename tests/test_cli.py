@@ -175,6 +175,16 @@ def test_bench_ends_with_one_json_document(run, model, tmp_path):
     assert "wall_speedup" in table[5]
 
 
+def test_weights_in_8_bits_are_an_option(run, model, tmp_path):
+    document = json.loads(run("generate", "say:", "-m", model, "--weights", "int8", "--json").out)
+    assert document["engine"].endswith("-int8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one:\ntwo:\n")
+    fewest = ("--rounds", 1, "--max-new-tokens", 3)
+    shown = run("bench", model, "--prompts", prompts, "--weights", "int8", *fewest)
+    assert "int8 weights" in shown.out.splitlines()[0]
+
+
 COMMANDS = {
     "chat": lambda model: ["chat", model],
     "generate": lambda model: ["generate", "say:", "--model", model],
@@ -248,6 +258,7 @@ def test_a_calibration_file_that_is_missing(run, model, tmp_path, command):
         (["--target-speedup", "0.5"], ["--target-speedup 0.5", "1 or more"]),
         (["--target-speedup", "1.5", "--threshold", "0.9"], ["give one"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens 0", "1 or more"]),
+        (["--weights", "int4"], ["--weights int4", "own", "int8"]),
     ],
 )
 def test_an_option_out_of_range_fails_before_anything_is_loaded(

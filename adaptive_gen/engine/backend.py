@@ -246,8 +246,9 @@ class Backend:
         if self.name in ON_SLABS:
             assert self._graphs is not None
             return graphs.readout(self._graphs, norm, head)
-        made = fuse_readout(norm, head)
-        if made is not None and self.weights == "int8":
+        to_round = self.weights == "int8"
+        made = fuse_readout(norm, head, to_round)
+        if made is not None and to_round:
             made = quantised_readout(made)
         return CompiledReadout(made) if made and self.name.startswith("compiled") else made
 

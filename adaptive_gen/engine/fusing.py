@@ -76,7 +76,7 @@ def fuse(decoder: Decoder, rounded: Callable[[Layer], Layer] | None = None) -> F
         )
         floor = _floor(getattr(first, "q_norm", None))
         model = FusedModel(decoder, [], sizes, wide(weight[:0]).new_tensor(floor))
-        order = faster_order if rounded is None else torch.Tensor.contiguous
+        order = faster_order if rounded is None else _as_it_is
         states = _states(decoder)
         for index, layer in enumerate(layers):
             layer, own = wide(layer), layer
@@ -98,12 +98,16 @@ def wide(thing: Any) -> Any:
     return thing.float() if isinstance(thing, Tensor) else copy.deepcopy(thing).float()
 
 
-def fuse_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
-    """Prepare a root-mean-square norm and the head behind it; None if the norm is another."""
+def fuse_readout(norm: Any, head: nn.Linear, to_round: bool = False) -> FusedReadout | None:
+    """Prepare a root-mean-square norm and the head behind it; None if the norm is another.
+
+    It does not matter how the head lies in memory if it is going to be rounded.
+    """
     if not hasattr(norm, "variance_epsilon"):
         return None
     norm, weight = wide(norm), wide(head.weight)
-    matrix = faster_order((weight * gain(norm)).t())
+    order = _as_it_is if to_round else faster_order
+    matrix = order((weight * gain(norm)).t())
     readout = FusedReadout(matrix, weight.new_tensor(_floor(norm)))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, head.in_features, generator=generator, dtype=weight.dtype)
@@ -163,6 +167,10 @@ def _paired(rows: Tensor, head_dim: int) -> Tensor:
     return (
         side_by_side(rows.unflatten(0, (-1, head_dim)).movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
     )
+
+
+def _as_it_is(matrix: Tensor) -> Tensor:
+    return matrix
 
 
 def faster_order(matrix: Tensor) -> Tensor:
