@@ -110,7 +110,10 @@ def attend(
     if threads < 2 or not words.acquire(team, words.BUSY):
         _attend_pairs(job, 0, pairs, 0)
         return
-    per_chunk = max(pairs // (SHARES * threads), 1)
+    # Queries that share keys stay together where that leaves each thread some.
+    group = pairs // tokens // kv.shape[3]
+    least = group * tokens if kv.shape[3] >= 2 * threads else group
+    per_chunk = max(pairs // (SHARES * threads * least), 1) * least
     chunks = (pairs + per_chunk - 1) // per_chunk
     job[words.KIND], job[words.PER_CHUNK], job[words.LAST] = ATTENTION, per_chunk, pairs
     team[words.JOB : words.JOB + words.JOB_WORDS] = job
