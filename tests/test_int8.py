@@ -14,6 +14,7 @@ from adaptive_gen.engine.fusing import fuse, stacked
 from adaptive_gen.engine.int8 import MATRICES, Int8Matrix, quantised
 from adaptive_gen.engine.workspace import Workspace
 from adaptive_gen.errors import ModelError, OptionError
+from adaptive_gen.exit_readouts import add_readouts
 
 PROMPT = torch.arange(3, 11)[None]
 
@@ -114,6 +115,39 @@ def test_a_batch_of_a_bfloat16_checkpoint_is_its_float32_copys(tiny_llama):
         texts.append(
             model.generate(ids, adaptive=True, threshold=0.3, max_new_tokens=30, do_sample=False)
         )
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("kind", ["head", "block"])
+@pytest.mark.parametrize("confidence", ["margin", "entropy"])
+def test_a_bfloat16_checkpoints_own_readouts_are_read(tiny_llama, kind, confidence):
+    model = tiny_llama().bfloat16()
+    add_readouts(model, [2, 4, model.config.num_hidden_layers], kind)
+    model.exit_readouts.bfloat16()
+    model = adaptive_gen.wrap(model.eval(), exit_layers=[2, 4], weights="int8")
+    out = model.generate(
+        PROMPT,
+        adaptive=True,
+        threshold=0.1,
+        confidence=confidence,
+        max_new_tokens=20,
+        return_dict_in_generate=True,
+    )
+    assert out.report.engine == "compiled-int8" and 2 in out.report.exit_histogram
+
+
+@pytest.mark.parametrize("asked", [{"audit": True}, {"prefill": "lazy"}, {"kv": "propagate"}])
+def test_a_bfloat16_checkpoint_goes_all_ways_its_float32_copy_goes(tiny_llama, asked):
+    texts = []
+    for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
+        model = adaptive_gen.wrap(model, exit_layers=[2, 4], weights="int8")
+        keywords = {"threshold": 0.3, "max_new_tokens": 30, "do_sample": False, **asked}
+        out = model.generate(
+            PROMPT, adaptive=True, repetition_penalty=1.1, return_dict_in_generate=True, **keywords
+        )
+        texts.append(out.sequences)
+        more = {"past_key_values": out.past_key_values, "max_new_tokens": 10}
+        texts[-1] = model.generate(out.sequences, adaptive=True, **{**keywords, **more})
     assert torch.equal(*texts)
 
 

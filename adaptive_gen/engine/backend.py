@@ -18,7 +18,7 @@ from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
-from .fusing import Unfit, fuse, fuse_readout, stacked, wide
+from .fusing import WIDE, Unfit, fuse, fuse_readout, stacked, wide
 from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
 from .machine_code import compiling
@@ -168,7 +168,7 @@ class Backend:
     def embed(self, ids: Tensor, start: int | Sequence[int] = 0) -> Tensor:
         """Hidden states before the first of the latest segments; see `Decoder.embed`."""
         hidden = self.decoder.embed(ids, start)
-        return hidden if self.name == "module" or self.name in ON_SLABS else wide(hidden)
+        return wide(hidden) if self._wide else hidden
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
@@ -179,17 +179,25 @@ class Backend:
     @torch.no_grad()
     def readout(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states [rows, hidden], exit layer) -> logits, for the latest segments."""
-        shared = self._shared_readout()
-        if shared is None:
+        shared, own = self._shared_readout(), self.decoder.own
+        dtype = _weights(self.decoder.layers)[0].dtype
+        if shared is None and (dtype in WIDE or not self._wide):
             return self.decoder.readout
-        if not self.decoder.own:
+        if shared is not None and not own:
             return shared
-        own = self.decoder.own
 
         def read(hidden: Tensor, exit_layer: int) -> Tensor:
-            return own[exit_layer](hidden) if exit_layer in own else shared(hidden)
+            if shared is not None and exit_layer not in own:
+                return shared(hidden)
+            # The model's own modules take what its own layers would have given.
+            return wide(self.decoder.readout(hidden.to(dtype), exit_layer))
 
         return read
+
+    @property
+    def _wide(self) -> bool:
+        """Whether the latest segments work in float32 or 64 whatever the model does."""
+        return self.name != "module" and self.name not in ON_SLABS
 
     def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
