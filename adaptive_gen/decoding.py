@@ -84,7 +84,8 @@ class TokenLoop:
             backend.confidences(settings.confidences),
             settings.rules,
             readout,
-            backend.embed,
+            backend.embed(),
+            backend.normed(),
         )
         self.engine = backend.name
         self._auditor = Auditor(guard) if settings.audit else None

@@ -15,8 +15,20 @@ from adaptive_gen.engine.int8 import MATRICES, Int8Matrix, quantised
 from adaptive_gen.engine.workspace import Workspace
 from adaptive_gen.errors import ModelError, OptionError
 from adaptive_gen.exit_readouts import add_readouts
+from adaptive_gen.gate import Gate
+from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
+
+
+def gated(model):
+    """With a gate whose answers hang on the final norm's gain, which is none of bfloat16's."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        model.model.norm.weight.copy_((1 + torch.rand(32, generator=generator)).bfloat16())
+    weights = {layer: torch.randn(32, generator=generator) * 0.2 for layer in (2, 4)}
+    state(model).gate = Gate(weights, {layer: torch.tensor(0.1) for layer in (2, 4)})
+    return model
 
 
 def test_no_entry_is_off_by_more_than_half_a_step():
@@ -84,13 +96,20 @@ def test_a_model_that_fused_cannot_run_has_no_int8_weights(tiny_llama):
 
 @pytest.mark.parametrize("engine", ["compiled", "fused"])
 @pytest.mark.parametrize(
-    "settings", [{"threshold": 0.3}, {"threshold": 0.3, "lossless": True}, {"threshold": 1.0}]
+    "settings",
+    [
+        {"threshold": 0.3},
+        {"threshold": 0.3, "lossless": True},
+        {"threshold": 0.6, "confidence": "gate"},
+        {"threshold": 0.6, "confidence": "gate", "repetition_penalty": 1.01},
+        {"threshold": 1.0},
+    ],
 )
 def test_a_bfloat16_checkpoint_is_rounded_as_its_float32_copy_is(tiny_llama, engine, settings):
     """Tokens, exits and confidences: nothing is computed in bfloat16."""
     outs = []
     for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
-        model = adaptive_gen.wrap(model, exit_layers=[2, 4], engine=engine, weights="int8")
+        model = gated(adaptive_gen.wrap(model, [2, 4], engine=engine, weights="int8"))
         out = model.generate(
             PROMPT,
             adaptive=True,
@@ -99,7 +118,8 @@ def test_a_bfloat16_checkpoint_is_rounded_as_its_float32_copy_is(tiny_llama, eng
             do_sample=False,
             return_dict_in_generate=True,
         )
-        outs.append((out.sequences.tolist(), out.exit_layers.tolist()))
+        sure = out.confidences.nan_to_num(2)
+        outs.append((out.sequences.tolist(), out.exit_layers.tolist(), sure.tolist()))
         assert out.report.engine == f"{engine}-int8"
         assert next(model.parameters()).dtype == (
             torch.float32 if len(outs) > 1 else torch.bfloat16
@@ -119,12 +139,12 @@ def test_a_batch_of_a_bfloat16_checkpoint_is_its_float32_copys(tiny_llama):
 
 
 @pytest.mark.parametrize("kind", ["head", "block"])
-@pytest.mark.parametrize("confidence", ["margin", "entropy"])
+@pytest.mark.parametrize("confidence", ["margin", "entropy", "gate"])
 def test_a_bfloat16_checkpoints_own_readouts_are_read(tiny_llama, kind, confidence):
     model = tiny_llama().bfloat16()
     add_readouts(model, [2, 4, model.config.num_hidden_layers], kind)
     model.exit_readouts.bfloat16()
-    model = adaptive_gen.wrap(model.eval(), exit_layers=[2, 4], weights="int8")
+    model = gated(adaptive_gen.wrap(model.eval(), exit_layers=[2, 4], weights="int8"))
     out = model.generate(
         PROMPT,
         adaptive=True,

@@ -165,10 +165,26 @@ class Backend:
         desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
         return [CompiledSegment(compiled, segment, desk) for segment in segments]
 
-    def embed(self, ids: Tensor, start: int | Sequence[int] = 0) -> Tensor:
-        """Hidden states before the first of the latest segments; see `Decoder.embed`."""
-        hidden = self.decoder.embed(ids, start)
-        return wide(hidden) if self._wide else hidden
+    def embed(self) -> Callable[[Tensor, Sequence[int]], Tensor]:
+        """(ids, starts) -> hidden states before the first of the latest segments.
+
+        See `Decoder.embed`.
+        """
+        decoder = self.decoder
+        return (lambda *args: wide(decoder.embed(*args))) if self._narrow else decoder.embed
+
+    def normed(self) -> Callable[[Tensor, int], Tensor]:
+        """(hidden states, exit layer) -> what the LM head sees there, for the latest segments."""
+        decoder, dtype = self.decoder, self._dtype
+        if not self._narrow:
+            return decoder.normed
+
+        def norm(hidden: Tensor, exit_layer: int) -> Tensor:
+            if exit_layer not in decoder.own:
+                return decoder.normed(hidden, exit_layer)
+            return wide(decoder.normed(hidden.to(dtype), exit_layer))
+
+        return norm
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
@@ -179,9 +195,8 @@ class Backend:
     @torch.no_grad()
     def readout(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states [rows, hidden], exit layer) -> logits, for the latest segments."""
-        shared, own = self._shared_readout(), self.decoder.own
-        dtype = _weights(self.decoder.layers)[0].dtype
-        if shared is None and (dtype in WIDE or not self._wide):
+        shared, own, dtype = self._shared_readout(), self.decoder.own, self._dtype
+        if shared is None and not self._narrow:
             return self.decoder.readout
         if shared is not None and not own:
             return shared
@@ -195,9 +210,13 @@ class Backend:
         return read
 
     @property
-    def _wide(self) -> bool:
-        """Whether the latest segments work in float32 or 64 whatever the model does."""
-        return self.name != "module" and self.name not in ON_SLABS
+    def _dtype(self) -> torch.dtype:
+        return _weights(self.decoder.layers)[0].dtype
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the latest segments work in float32 and the model in less."""
+        return self.name not in ("module", *ON_SLABS) and self._dtype not in WIDE
 
     def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""

@@ -44,6 +44,7 @@ class Scheduler:
         rules: Rules | None = None,
         readout: Callable[[Tensor, int], Tensor] | None = None,
         embed: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
+        normed: Callable[[Tensor, int], Tensor] | None = None,
     ):
         """Set up empty queues.
 
@@ -56,12 +57,14 @@ class Scheduler:
             rules: how tokens move.
             readout: (hidden, exit layer) -> logits [rows, vocab]; None is the decoder's own.
             embed: (ids, starts) -> hidden states before the first segment; likewise.
+            normed: (hidden, exit layer) -> hidden as the head sees it; likewise.
         """
         self.decoder, self.segments, self.cache = decoder, segments, cache
         self.policy, self.confidences = policy, confidences
         self.rules = rules or Rules()
         self.readout = readout or decoder.readout
         self.embed = embed or decoder.embed
+        self.normed = normed or decoder.normed
         self.queues = [Queue(cache.batch) for _ in segments]
         self.rows = [Row(cap=self.rules.queue_cap) for _ in range(cache.batch)]
         exit_layers = [segment.stop for segment in segments]
@@ -248,7 +251,7 @@ class Scheduler:
             logits = None
             # A policy may ask an earlier check for its token when deeper segments have run.
             hidden = hidden.clone()
-            normed = self.decoder.normed(hidden, exit_layer)
+            normed = self.normed(hidden, exit_layer)
             confidences = self.confidences.of_hidden(normed, exit_layer)
         else:
             logits = self.readout(hidden, exit_layer)

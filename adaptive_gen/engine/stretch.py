@@ -20,7 +20,7 @@ from .compiled import MOST_ROWS, CompiledSegment
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
-from .fusing import gain
+from .fusing import gain, wide
 from .machine_code import kernel
 from .scheduler import Scheduler
 
@@ -96,7 +96,7 @@ class Stretch:
         hidden, dtype = self._compiled.fused.sizes.hidden, _dtype(self._like)
         weights, biases = np.zeros((scheduler.last, hidden), dtype), np.zeros(scheduler.last, dtype)
         if gate is not None and scheduler.decoder.plain_readout is not None:
-            factor = gain(scheduler.decoder.plain_readout[0]).detach()
+            factor = gain(wide(scheduler.decoder.plain_readout[0])).detach()
             for i, segment in enumerate(scheduler.segments[:-1]):
                 if segment.stop in gate.weights:
                     weights[i] = (gate.weights[segment.stop] * factor).numpy()
