@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import make
 
 import adaptive_gen
 from adaptive_gen.confidence import MEASURES, Confidences
@@ -61,6 +62,30 @@ def test_the_kernels_exponential_is_the_librarys(dtype):
     torch.testing.assert_close(
         torch.from_numpy(out[:, 3]).to(dtype), torch.logsumexp(logits, -1), rtol=2e-6, atol=1e-7
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [8, 16, 24, 32])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_heads_of_any_size_are_rotated_normed_and_stored_as_the_models_are(family, size):
+    """Heads of whole registers go through them, others number by number; float32 has both."""
+    decoder = Decoder(make(family, head_dim=size).eval())
+    half, n_layers = decoder.n_layers // 2, decoder.n_layers
+    ids, found = torch.randint(1, 96, (2, 31)), []
+    for engine in ("module", "compiled"):
+        first, second = Backend(decoder, engine).segments([half, n_layers])
+        cache, states = KVCache(n_layers, batch=2), []
+        for part in ids.split([20, 1, 3, 1, 6], dim=1):
+            middle = first.run(decoder.embed(part, cache.lengths[0]), cache).clone()
+            if part.shape[1] == 3:  # whose skipped layers get keys and values only
+                second.store(middle, cache)
+            else:
+                states += [middle, second.run(middle, cache).clone()]
+        pairs = [pair for layer in range(n_layers) for pair in cache.keys_values(layer)]
+        found.append([*states, *pairs])
+    assert len(found[0]) == 8 + 2 * n_layers
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -63,17 +63,24 @@ def test_a_shared_product_is_the_same_to_the_bit(helped, tokens, rounded):
 
 
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_shared_attention_is_the_same_to_the_bit(helped, tokens, window):
-    heads, kv_heads, size, context = 8, 4, 32, 900
+@pytest.mark.parametrize("context", [894, 900])  # that a block crosses a multiple of 16, or not
+@pytest.mark.parametrize(("tokens", "kv_heads"), [(1, 4), (3, 4), (5, 4), (5, 8), (5, 1), (8, 1)])
+def test_shared_attention_is_the_same_to_the_bit(helped, tokens, kv_heads, context, window):
+    """For a block by helpers, a block alone, and each of its tokens alone."""
+    heads, size = 8, 32
     kv = np.random.randn(2, 2, 3, kv_heads, 1000, size).astype(np.float32)[:, :, :2]
-    projected = np.random.randn(5, (heads + 2 * kv_heads) * size).astype(np.float32)
+    projected = np.random.randn(10, (heads + 2 * kv_heads) * size).astype(np.float32)
     place = np.array([[1, context + i] for i in range(tokens)])
     alone = np.zeros(words.AWAKE + words.LINE, np.int64)
     scores = np.zeros((3, TOGETHER, 1024), np.float32)
-    expected = np.zeros((5, heads * size), np.float32)
+    expected = np.zeros((10, heads * size), np.float32)
     attend(projected, expected, kv, 1, place, window, scores, alone)
     assert expected[:tokens].any() and not expected[tokens:].any()
+    mixed = np.zeros_like(expected)
+    for i in range(tokens):
+        each = slice(i, i + 1)
+        attend(projected[each], mixed[each], kv, 1, place[each], window, scores, alone)
+    np.testing.assert_array_equal(mixed, expected)
     for _ in range(50):
         mixed = np.zeros_like(expected)
         attend(projected, mixed, kv, 1, place, window, scores, team.ready())

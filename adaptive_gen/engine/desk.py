@@ -44,8 +44,9 @@ class Desk:
 
     def buffers(self, seen: int) -> tuple[Any, ...]:
         """What the kernels work in, with room for scores of `seen` keys."""
-        if self._work[-1].shape[2] <= seen:
-            self._work = (*self._buffers, self._scores(1 << seen.bit_length()))
+        scores = self._work[-1]
+        if scores.shape[2] <= seen or len(scores) < threads():
+            self._work = (*self._buffers, self._scores(max(64, 1 << seen.bit_length())))
         return *self._work, helpers(self._largest)
 
     def memory(self, kv: Tensor) -> Any:
@@ -92,5 +93,6 @@ class Desk:
         """Cos and sin of the positions below `stop` or more, [.., head_dim / 2, 2]."""
         if len(self._turns) < stop:
             everything = Span((0,), (1 << stop.bit_length(),))
-            self._turns = torch.view_as_real(positions.turns(like, everything))[0].numpy()
+            turns = torch.view_as_real(positions.turns(like, everything))[0]
+            self._turns = turns.contiguous().numpy()
         return self._turns

@@ -112,7 +112,10 @@ def attend(
         return
     # Queries that share keys stay together where that leaves each thread some.
     group = pairs // tokens // kv.shape[3]
-    least = group * tokens if kv.shape[3] >= 2 * threads else group
+    if kv.shape[3] >= 2 * threads:
+        least = group * tokens
+    else:
+        least = group if pairs >= 2 * threads * group else 1
     per_chunk = max(pairs // (SHARES * threads * least), 1) * least
     chunks = (pairs + per_chunk - 1) // per_chunk
     job[words.KIND], job[words.PER_CHUNK], job[words.LAST] = ATTENTION, per_chunk, pairs
@@ -201,23 +204,21 @@ def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
     """
     step, room = job[words.STRIDES + 3], job[words.SCORES]
     values, count, wide = keys + job[words.STRIDES], len(together), head_dim % LANES == 0
-    common = together[0, SEEN] // LANES * LANES if wide else 0
-    for j in range(0, common, LANES):
+    longest = together[count - 1, SEEN]
+    # A score is worked out here and nowhere else: bits do not depend on what goes together.
+    for j in range(0, longest if wide else 0, LANES):
         for n in range(count):
-            own = together[n, OWN] + 4 * j
-            score_keys(together[n, QUERY], head_dim, keys + j * step, step, own)
+            seen = together[n, SEEN]
+            if j < seen and seen >= LANES:
+                at = min(j, seen - LANES)  # some of the last for the second time
+                own = together[n, OWN] + 4 * at
+                score_keys(together[n, QUERY], head_dim, keys + at * step, step, own)
     for n in range(count):
         query, seen, own = together[n, QUERY], together[n, SEEN], together[n, OWN]
-        if wide and seen >= LANES:
-            j = common
-            while j < seen:
-                j = min(j, seen - LANES)  # some of the last for the second time
-                score_keys(query, head_dim, keys + j * step, step, own + 4 * j)
-                j += LANES
-        else:
+        if not wide or seen < LANES:
             _score_each(query, head_dim, keys, step, seen, own)
         share_out(own, seen, own + 4 * (room - 1))
-    for j in range(0, together[count - 1, SEEN], NEAR):
+    for j in range(0, longest, NEAR):
         for n in range(count):
             own, seen, out = together[n, OWN] + 4 * j, together[n, SEEN], together[n, OUT]
             seen, near = min(NEAR, seen - j), values + j * step

@@ -41,7 +41,7 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int], ...]:
 
     With one token AMD's processors follow the memory by themselves, and asking disturbs them;
     with a few they look too few lines ahead. Intel's look too few lines ahead with any number,
-    and stop at the end of a page.
+    and stop at the end of a page. Other makers' are taken for the latter, unmeasured.
     """
     if _AMD:
         return () if tokens == 1 else ((1024, 1),)
@@ -128,11 +128,13 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                 if shared:
                     soon = builder.gep(following_panel, [builder.mul(at, step)])
                     _prefetch(builder, soon, into=2)
-                elif turn * PANEL * weight_bytes % _LINE == 0:
+                else:
                     here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
-                    for ahead, level in _asks(tokens, weight_bytes):
-                        soon = builder.gep(here, [ir.Constant(_WORD, ahead)])
-                        _prefetch(builder, soon, into=level)
+                    begin, of_turn = turn * PANEL * weight_bytes, PANEL * weight_bytes
+                    for line in range(-begin % _LINE, of_turn, _LINE):
+                        for ahead, level in _asks(tokens, weight_bytes):
+                            soon = builder.gep(here, [ir.Constant(_WORD, line + ahead)])
+                            _prefetch(builder, soon, into=level)
                 loaded = load(weights, place, weight_bytes)
                 if whole:
                     loaded = builder.sitofp(loaded, vector)

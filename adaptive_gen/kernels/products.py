@@ -11,7 +11,7 @@ from .freshness import stamped
 from .panels import ADDERS, PANEL, TILE, add_tile
 from .team import BYTES, FLOATS, MASK, bytes_at, floats_at
 
-# What may be reordered: sums. nan and infinity keep their meaning.
+# What may be reordered: sums. Nobody may assume that there is no nan and no infinity.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
 
 
