@@ -211,7 +211,7 @@ class Backend:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return _weights(self.decoder.layers)[0].dtype
+        return next(self.decoder.layers[0].parameters()).dtype
 
     @property
     def _narrow(self) -> bool:
