@@ -36,16 +36,22 @@ def _prefetch(builder: Any, address: Any, into: int) -> None:
     builder.call(instruction, [address, to_read, locality, data])
 
 
-def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int], ...]:
-    """What to ask for while weights are read in order: how many bytes ahead, into which cache.
+def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
+    """What to ask for while weights are read in order.
+
+    Each is how many bytes ahead, into which cache, and once in how many lines: the second cache
+    takes lines in pairs, so that every other one is enough where reading waits for instructions
+    rather than for memory.
 
     With one token AMD's processors follow the memory by themselves, and asking disturbs them;
     with a few they look too few lines ahead. Intel's look too few lines ahead with any number,
     and stop at the end of a page. Other makers' are taken for the latter, unmeasured.
     """
     if _AMD:
-        return () if tokens == 1 else ((1024, 1),)
-    return ((1024, 1), (4096, 2)) if tokens == 1 and bytes_each > 1 else ((2048, 1), (8192, 2))
+        return () if tokens == 1 else ((1024, 1, 1),)
+    if bytes_each == 1:
+        return (2048, 1, 1), (8192, 2, 2)
+    return ((1024, 1, 1), (4096, 2, 2)) if tokens == 1 else ((2048, 1, 1), (8192, 2, 1))
 
 
 def _adder(tokens: int, shared: bool = False) -> Any:
@@ -132,9 +138,10 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                     here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
                     begin, of_turn = turn * PANEL * weight_bytes, PANEL * weight_bytes
                     for line in range(-begin % _LINE, of_turn, _LINE):
-                        for ahead, level in _asks(tokens, weight_bytes):
-                            soon = builder.gep(here, [ir.Constant(_WORD, line + ahead)])
-                            _prefetch(builder, soon, into=level)
+                        for ahead, level, every in _asks(tokens, weight_bytes):
+                            if (begin + line) // _LINE % every == 0:
+                                soon = builder.gep(here, [ir.Constant(_WORD, line + ahead)])
+                                _prefetch(builder, soon, into=level)
                 loaded = load(weights, place, weight_bytes)
                 if whole:
                     loaded = builder.sitofp(loaded, vector)
