@@ -164,8 +164,10 @@ class TokenLoop:
             if not emitted:
                 continue
             self.texts.extend(text, [each.token for each in emitted])
-            steps = [Step(*each, each.token in ends) for each in emitted]
-            steps[-1] = steps[-1]._replace(last=text.width >= length or steps[-1].last)
+            steps = [Step(*each) for each in emitted]
+            # Only the last of them may have ended the text.
+            ended = text.width >= length or steps[-1].token in ends
+            steps[-1] = steps[-1]._replace(last=ended)
             text.steps += steps
             text.finished = steps[-1].last
             new += steps

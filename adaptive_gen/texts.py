@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -103,7 +104,7 @@ class Texts:
         width = text.width + len(tokens)
         if width > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, width))
-        self.ids[text.row, text.width : width] = torch.tensor(tokens)
+        self.ids[text.row, text.width : width] = torch.from_numpy(np.array(tokens))
         text.width = width
 
     def newest(self, texts: list[Text]) -> Tensor:

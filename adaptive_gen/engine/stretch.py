@@ -86,7 +86,8 @@ class Stretch:
         self._model = _table(embedding.weight), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
-        self._least: dict[tuple[int, float], float] = {}
+        # Exit layer -> confidences asked for, and the raw ones that give them.
+        self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
         self._pace = pace
 
     def _gate(self) -> tuple[Any, Any]:
@@ -176,13 +177,12 @@ class Stretch:
     def _emitted(
         self, tokens: list[int], exits: list[int], confidences: list[float]
     ) -> list[Emitted]:
-        scheduler, found = self._scheduler, []
-        for token, index, raw in zip(tokens, exits, confidences, strict=True):
-            exit_layer, confidence = scheduler.segments[index].stop, math.nan
-            if index < scheduler.last:
-                confidence = scheduler.confidences.calibrated(raw, exit_layer)
-            found.append(Emitted(token, exit_layer, confidence))
-        return found
+        last, calibrated = self._scheduler.last, self._scheduler.confidences.calibrated
+        stops = [segment.stop for segment in self._scheduler.segments]
+        return [
+            Emitted(token, stops[s], math.nan if s == last else calibrated(raw, stops[s]))
+            for token, s, raw in zip(tokens, exits, confidences, strict=True)
+        ]
 
     def _thresholds(self, first: int, count: int) -> tuple[Any, Any]:
         """Where exits are checked and what raw confidence leaves, [count, exits] each."""
@@ -190,18 +190,16 @@ class Stretch:
         assert isinstance(policy, ByThreshold)
         asked = np.zeros((count, len(exits)), np.bool_)
         least = np.zeros((count, len(exits)))
-        for i in range(count):
-            for j, segment in enumerate(exits):
-                if policy.may_exit(segment.stop, first + i):
-                    asked[i, j] = True
-                    least[i, j] = self._raw(segment.stop, policy.least(segment.stop, first + i))
+        positions = range(first, first + count)
+        for j, exit_layer in enumerate(segment.stop for segment in exits):
+            raw = self._raw[exit_layer]
+            asked[:, j] = [policy.may_exit(exit_layer, position) for position in positions]
+            for i in asked[:, j].nonzero()[0].tolist():
+                chance = policy.least(exit_layer, first + i)
+                if chance not in raw:
+                    raw[chance] = self._scheduler.confidences.raw_of(chance, exit_layer)
+                least[i, j] = raw[chance]
         return asked, least
-
-    def _raw(self, exit_layer: int, least: float) -> float:
-        key = exit_layer, least
-        if key not in self._least:
-            self._least[key] = self._scheduler.confidences.raw_of(least, exit_layer)
-        return self._least[key]
 
 
 class LosslessStretch(Stretch):

@@ -245,24 +245,51 @@ def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any,
 
 
 @compiled
+def two_largest(row: Any) -> Any:
+    """The largest of some numbers and the second, which may be as large.
+
+    They are found in those of each of PANEL lanes, which is as quick as a sum.
+    """
+    least = row.dtype.type(-np.inf)
+    lanes = np.full((2, PANEL), least, row.dtype)
+    best, next_best = lanes
+    whole = row.shape[0] // PANEL * PANEL
+    for start in range(0, whole, PANEL):
+        at = row[start : start + PANEL]
+        for lane in range(PANEL):
+            lower = at[lane] if at[lane] < best[lane] else best[lane]
+            next_best[lane] = lower if lower > next_best[lane] else next_best[lane]
+            best[lane] = at[lane] if at[lane] > best[lane] else best[lane]
+    top = second = least
+    for numbers in (lanes[0], lanes[1], row[whole:]):
+        for number in numbers:
+            if number > top:
+                top, second = number, top
+            elif number > second:
+                second = number
+    return top, second
+
+
+@compiled
+def first_of(largest: Any, row: Any) -> int:
+    """Where the largest number of a row is, the first of equals."""
+    n = 0
+    while row[n] < largest:
+        n += 1
+    return n
+
+
+@compiled
 def summary(row: Any) -> Any:
     """The fields of `confidence.Summary` for logits [vocab]."""
-    top = row[0]
-    for n in range(row.shape[0]):
-        top = max(top, row[n])
+    top, second = two_largest(row)
     total = weighted = row.dtype.type(0)
     for n in range(row.shape[0]):
         gap = row[n] - top
         share = exp(gap)
         total += share
         weighted += share * gap
-    second, token, found = row.dtype.type(-np.inf), 0, False
-    for n in range(row.shape[0]):
-        if row[n] > second:
-            if row[n] == top and not found:
-                token, found = n, True
-            else:
-                second = row[n]
+    token = first_of(top, row)
     log = np.log(total)
     exact = np.float64  # what Python makes of them
     return exact(top), exact(second), exact(token), exact(top + log), exact(log - weighted / total)

@@ -19,7 +19,7 @@ The token and whether it leaves are those of the whole head.
 import math
 from typing import Any
 
-from .cpu import norm, read_out, summary
+from .cpu import first_of, norm, read_out, summary, two_largest
 from .exponential import exp
 from .panels import PANEL
 from .products import add_one, add_product, compiled
@@ -112,11 +112,8 @@ def token_of(row: int, head: Any) -> int:
     """The token of the largest logit, the first of equals."""
     logits, vocab = head[4], head[5]
     if not head[6][0].shape[0]:
-        best, token = logits[row, 0], 0
-        for n in range(vocab):
-            if logits[row, n] > best:
-                best, token = logits[row, n], n
-        return token
+        known = logits[row, :vocab]
+        return first_of(two_largest(known)[0], known)
     _sharpen(row, _bar(row, head)[0], head)
     return _largest(row, head)[2]
 
