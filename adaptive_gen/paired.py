@@ -6,6 +6,7 @@ call, prefill included, because that is what a user waits for and all arms have 
 """
 
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ def measure(
 ) -> dict[str, Runs]:
     """Generate greedily from every prompt with every arm, `rounds` times, arms taking turns.
 
+    Their order is drawn anew each time: a call pays for what the one before it left in the caches,
+    and no arm must always follow the same other one.
+
     Args:
         model: wrapped.
         prompts: token ids [1, time] each.
@@ -83,11 +87,11 @@ def measure(
     calls: dict[str, list[_Call]] = {name: [] for name in names}
     for name in names:  # warm-up
         generate(model, prompts[0], max_new_tokens=min(8, max_new_tokens), **arms[name])
-    pairs = [(r, p) for r in range(rounds) for p in range(len(prompts))]
-    for r, p in progress(pairs, description, total=len(pairs)):
-        first = (r + p) % len(names)
-        for name in names[first:] + names[:first]:
-            out, seconds = generate(model, prompts[p], max_new_tokens=max_new_tokens, **arms[name])
+    order = random.Random(0)
+    turns = [ids for _ in range(rounds) for ids in prompts]
+    for ids in progress(turns, description, total=len(turns)):
+        for name in order.sample(names, len(names)):
+            out, seconds = generate(model, ids, max_new_tokens=max_new_tokens, **arms[name])
             calls[name].append(_Call.of(out, seconds))
     return {name: _runs(prompts, calls[name]) for name in names}
 

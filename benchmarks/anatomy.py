@@ -40,11 +40,11 @@ def run(model: Any, name: str, rounds: int) -> dict[str, Any]:
     wrapped = state(model)
     decoder, backend = wrapped.decoder, wrapped.backend
     (segment,) = backend.segments([decoder.n_layers])
-    readout = backend.readout()
+    embed, readout = backend.embed(), backend.readout()
     ids = torch.randint(3, decoder.config.vocab_size, (1, CONTEXT + max(PENDING)))
     cache = KVCache(decoder.n_layers, capacity=2 * ids.shape[1])
-    segment.run(decoder.embed(ids[:, :CONTEXT]), cache)
-    blocks = {n: decoder.embed(ids[:, CONTEXT : CONTEXT + n]).clone() for n in PENDING}
+    segment.run(embed(ids[:, :CONTEXT], (0,)), cache)
+    blocks = {n: embed(ids[:, CONTEXT : CONTEXT + n], (CONTEXT,)).clone() for n in PENDING}
 
     def pass_of(block: Tensor) -> Callable[[], object]:
         def work() -> None:

@@ -57,11 +57,13 @@ def test_arms_take_turns_on_every_prompt(model, monkeypatch):
     monkeypatch.setattr(paired, "generate", generate)
     prompts = [torch.tensor([[i]]) for i in range(2)]
     arms = {name: {"arm": name} for name in "abc"}
-    paired.measure(model, prompts, arms, max_new_tokens=4, rounds=2)
+    paired.measure(model, prompts, arms, max_new_tokens=4, rounds=20)
     warm_up, timed = calls[:3], calls[3:]
     assert [arm for arm, _ in warm_up] == ["a", "b", "c"]
-    assert "".join(arm for arm, _ in timed) == "abcbcabcacab"
-    assert [prompt for _, prompt in timed] == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3
+    assert [prompt for _, prompt in timed] == ([0] * 3 + [1] * 3) * 20
+    turns = ["".join(arm for arm, _ in timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len(set(turns)) == 6, "each arm follows each other one"
 
 
 def test_agreement_is_full_depth_s_choice_on_the_emitted_prefix(model):

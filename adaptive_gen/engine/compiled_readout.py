@@ -10,14 +10,13 @@ from torch.nn import functional as F
 from ..confidence import Confidences, Summary
 from .compiled import MOST_ROWS
 from .fused import FusedReadout, Matrix
-from .int8 import Int8Matrix
+from .int8 import COLUMNS, Int8Matrix
 from .machine_code import kernel
 from .panelled import PANEL, in_panels, padding
 from .team import helpers
 
 # A smaller head stays in the caches, where reading less of it gains nothing.
 SCREENED_BYTES = 1 << 20
-_COLUMNS = 4096  # that are rounded at a time, so that a large head is not copied several times
 
 
 class CompiledReadout:
@@ -67,7 +66,7 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     # What both products may lose by rounding their sums, as a share of a column's length.
     sums = 4 * head.shape[0] * torch.finfo(head.dtype).eps
     steps, scales, doubts = [], [], []
-    for part in head.split(_COLUMNS, dim=1):
+    for part in head.split(COLUMNS, dim=1):
         rounded = Int8Matrix.of(part)
         lost = torch.linalg.vector_norm(part - rounded.float().to(part.dtype), dim=0)
         doubts.append(lost + sums * torch.linalg.vector_norm(part, dim=0))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedReadout, Layer
 
 _STEPS = 127
+COLUMNS = 4096  # that are rounded at a time, so that a large head is not copied several times
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 
 
@@ -30,8 +31,11 @@ class Int8Matrix:
         """Round the [in, out] `matrix`; the error of an entry is at most half of its scale."""
         # The scale is rounded first, so that the steps are right for the scale that is used.
         scale = (matrix.abs().amax(0) / _STEPS).clamp_min(1e-12).bfloat16()
-        steps = (matrix.t() / scale[:, None].to(matrix.dtype)).round()
-        return cls(steps.clamp(-_STEPS, _STEPS).to(torch.int8).contiguous(), scale)
+        steps = torch.empty(matrix.shape[::-1], dtype=torch.int8)
+        parts = (whole.split(COLUMNS) for whole in (steps, matrix.t(), scale))
+        for into, columns, by in zip(*parts, strict=True):
+            into.copy_((columns / by[:, None]).round_().clamp_(-_STEPS, _STEPS))
+        return cls(steps, scale)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows [n, in] -> [n, out] bfloat16."""

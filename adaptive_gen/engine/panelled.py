@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fused import FusedModel, Matrix
-from .int8 import Int8Matrix
+from .int8 import MATRICES, Int8Matrix
 from .positions import SLIDING
 
 PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
-MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 _LINE = 64  # bytes that a cache holds together
 
 
@@ -69,21 +68,23 @@ def _in_order(layers: list[list[Matrix]], like: Tensor) -> tuple[tuple[Any, ...]
 
     They lie in memory as they are read: what is asked for ahead of one is the next one's beginning.
     """
-    arrays, weights, scales = [], [], []
+    weights: list[Any] = []
+    scales = []
     for layer, matrices in enumerate(layers):
         panels, factors = zip(*(in_panels(matrix, like) for matrix in matrices), strict=True)
-        if not layer:
-            ends = np.cumsum([array.size for array in panels])
-            room = aligned((len(layers), int(ends[-1])), panels[0].dtype)
-            arrays = np.split(room, ends[:-1], axis=1)
-            weights = [
-                array.reshape(len(layers), *first.shape)
-                for array, first in zip(arrays, panels, strict=True)
-            ]
+        weights = weights or _room_for(len(layers), panels)
         for array, of_layer in zip(weights, panels, strict=True):
             array[layer] = of_layer
         scales.append(factors)
     return tuple(weights), tuple(np.stack(of_kind) for of_kind in zip(*scales, strict=True))
+
+
+def _room_for(layers: int, panels: Sequence[Any]) -> list[Any]:
+    """An empty array for each kind of matrix, [layers, ...]; a layer's lie side by side."""
+    ends = np.cumsum([array.size for array in panels])
+    room = aligned((layers, int(ends[-1])), panels[0].dtype)
+    arrays = np.split(room, ends[:-1], axis=1)
+    return [array.reshape(layers, *of.shape) for array, of in zip(arrays, panels, strict=True)]
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> Any:

@@ -6,13 +6,11 @@ Axes as in `cpu`; a *pair* is a token of the block and one of the queries' heads
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 from numba.np.numpy_support import carray
 
 from . import team as words
 from .exponential import exp
-from .lanes import LANES, add_values, multiply_lanes, score_keys, share_out
+from .lanes import LANES, add_values, by_lanes, multiply_lanes, score_keys, share_out
 from .products import compiled
 from .team import ATTENTION, LEAST_BYTES, MASK, SHARES, floats_at, integers_at
 
@@ -50,21 +48,6 @@ def _product(query: Any, key: Any) -> Any:
     return total
 
 
-def _addressed(x: Any) -> Any:
-    """Whether attention to keys of this dtype goes by addresses, and may be shared."""
-    raise NotImplementedError
-
-
-@overload(_addressed, inline="always")
-def _addressed_of(x: Any) -> Any:
-    floats = x.dtype == types.float32
-
-    def known(x: Any) -> Any:
-        return floats
-
-    return known
-
-
 @compiled
 def attend(
     projected: Any,
@@ -90,7 +73,7 @@ def attend(
     """
     tokens, head_dim = place.shape[0], kv.shape[5]
     pairs = tokens * (mixed.shape[1] // head_dim)
-    if not _addressed(kv):
+    if not by_lanes(kv):
         for pair in range(pairs):
             _attend_pair(pair, projected, mixed, kv, layer, place, window, scores[0, 0])
         return
@@ -234,6 +217,10 @@ def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
                 multiply_lanes(out + d, factor)
         else:
             _multiply(out, head_dim, factor)
+
+
+# Below, arrays are made of addresses within small functions only: numba has dropped the last write
+# to such an array in a function that had another compiled into it.
 
 
 @compiled

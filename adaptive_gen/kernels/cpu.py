@@ -12,12 +12,10 @@ Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from .attending import attend
 from .exponential import exp
-from .lanes import LANES, copy_lanes, turn_pairs
+from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .panels import PANEL
 from .products import add_product, compiled
 
@@ -33,21 +31,6 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
         factor = x.dtype.type(1) / np.sqrt(total)
         for n in range(into.shape[0]):
             into[n] = row[n] * factor
-
-
-def _by_lanes(kv: Any) -> Any:
-    """Whether numbers of this dtype can be rotated and copied LANES at a time."""
-    raise NotImplementedError
-
-
-@overload(_by_lanes, inline="always")
-def _by_lanes_of(kv: Any) -> Any:
-    floats = kv.dtype == types.float32
-
-    def known(kv: Any) -> Any:
-        return floats
-
-    return known
 
 
 @compiled
@@ -99,7 +82,7 @@ def _place(
     """
     head_dim, kv_heads = kv.shape[5], kv.shape[3]
     turned, every = heads + kv_heads, heads + 2 * kv_heads
-    wide = _by_lanes(kv) and head_dim % LANES == 0
+    wide = by_lanes(kv) and head_dim % LANES == 0
     for m in range(place.shape[0]):
         row, position = place[m, 0], place[m, 1]
         if gains.shape[0]:

@@ -80,7 +80,7 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
 
 
 @compiled
-def _place(place: Any, start: int, count: int) -> None:
+def _set_out(place: Any, start: int, count: int) -> None:
     """Tokens of the first row from position `start` on."""
     for i in range(count):
         place[i, 0], place[i, 1] = 0, start + i
@@ -113,7 +113,7 @@ def run(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     kv, _, _, lengths, tallies = state
     weights, scales, biases, floors, windows = model[1]
     bounds, at = model[4], lengths[s]
-    _place(place, at, block)
+    _set_out(place, at, block)
     run_layers(
         bounds[s],
         bounds[s + 1],
@@ -140,7 +140,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     weights, scales, biases, floors, _ = model[1]
     bounds, at = model[4], lengths[s]
     heads = weights[1].shape[2] // kv.shape[5]
-    _place(place, at, block)
+    _set_out(place, at, block)
     store_layers(
         bounds[s],
         bounds[s + 1],

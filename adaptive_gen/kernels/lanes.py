@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from .exponential import exp_lanes
 from .panels import WIDE
@@ -106,6 +106,21 @@ def _loop(
     builder.branch(head)
     builder.position_at_end(after)
     return [index, *values]
+
+
+def by_lanes(x: Any) -> Any:
+    """Whether arrays of this dtype are worked on by these functions, known when code is made."""
+    raise NotImplementedError
+
+
+@overload(by_lanes, inline="always")
+def _by_lanes_of(x: Any) -> Any:
+    floats = x.dtype == types.float32
+
+    def known(x: Any) -> Any:
+        return floats
+
+    return known
 
 
 @_instructions
