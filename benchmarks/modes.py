@@ -5,6 +5,7 @@ which is part of what is measured. Every arm takes turns with the others on the 
 """
 
 import itertools
+import random
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,9 @@ def _batch(model: Any, ids: list[Tensor], rows: int, tokens: int, rounds: int) -
     for way in ways.values():
         generate(model, batches[0], max_new_tokens=4, **way)
     order = list(itertools.product(range(rounds), range(len(batches))))
+    turns = random.Random(0)  # as in `paired.measure`
     for r, b in progress(order, f"batches of {rows}", total=len(order)):
-        names = list(ways)
-        turn = (r + b) % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in turns.sample(list(ways), len(ways)):
             out, seconds[name][b, r] = generate(model, batches[b], **settings, **ways[name])
             if r == 0:
                 written[name] += _new_tokens(model, out.sequences[:, PROMPT:])
