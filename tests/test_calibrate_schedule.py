@@ -31,6 +31,9 @@ class Counted:
     def embed(self, ids, start=0):
         return torch.zeros(1, ids.shape[1], 1)
 
+    def normed(self, hidden, exit_layer):
+        raise AssertionError("only a gate reads what the head does")
+
     def readout(self, hidden, exit_layer):
         self.counts["readouts"] += 1
         self.counts["checks"] += exit_layer < self.n_layers
