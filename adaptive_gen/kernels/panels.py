@@ -20,7 +20,9 @@ TILE = 8 if WIDE else 4  # tokens that share a reading of a panel
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
 _LINE = 64  # bytes that come from memory at a time
-_AMD = binding.get_host_cpu_name().startswith(("zn", "bd", "bt"))
+_CPU = binding.get_host_cpu_name()  # such as "znver4"
+_AMD = _CPU.startswith(("zn", "bd", "bt"))
+_ZEN_5 = _CPU.startswith("znver") and int(_CPU[5:] or 0) >= 5
 _SUMS = ("contract", "nsz", "reassoc")
 
 
@@ -43,10 +45,12 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
     takes lines in pairs, so that every other one is enough where reading waits for instructions
     rather than for memory.
 
-    With one token AMD's processors follow the memory by themselves, and asking disturbs them;
-    with a few they look too few lines ahead. Intel's look too few lines ahead with any number,
-    and stop at the end of a page. Other makers' are taken for the latter, unmeasured.
+    AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
+    follow the memory by themselves with one token, where asking disturbs them. Intel's look too few
+    lines ahead too, and stop at the end of a page. Other makers' are taken for Intel's, unmeasured.
     """
+    if _ZEN_5:
+        return ((8192, 1, 1),)
     if _AMD:
         return () if tokens == 1 else ((1024, 1, 1),)
     if bytes_each == 1:
