@@ -45,6 +45,11 @@ class Decoder:
         """The model's decoder layers, in order."""
         return self._parts.layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers' weights."""
+        return next(self.layers[0].parameters()).dtype
+
     def with_layer(self, index: int, layer: Any) -> "Decoder":
         """The same decoder, which runs another layer in place of one of the model's."""
         decoder = copy.copy(self)

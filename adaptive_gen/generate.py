@@ -99,6 +99,8 @@ class AdaptiveMixin(_CausalLM):
             None if handover else streamer,
             _past(model_kwargs, len(lengths)),
         )
+        if state(self).backend.widens:
+            state(self).tell_once(_widened(state(self).decoder.dtype))
         if handover:
             return loop
         for _ in loop:
@@ -131,6 +133,15 @@ class AdaptiveMixin(_CausalLM):
         super()._validate_generation_mode(  # type: ignore[reportAttributeAccessIssue]
             generation_mode, generation_config, generation_mode_kwargs
         )
+
+
+def _widened(dtype: torch.dtype) -> str:
+    """What a user of a checkpoint in half precision is told."""
+    return (
+        f"the weights are {dtype} and are read as they are, but hidden states are float32: where "
+        f"two tokens are as likely but for {str(dtype).removeprefix('torch.')}'s rounding, the "
+        "text may differ from transformers'. wrap(engine='module') rounds as transformers does."
+    )
 
 
 def _past(model_kwargs: dict[str, Any], rows: int) -> AdaptiveCache | None:

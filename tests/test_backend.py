@@ -56,10 +56,6 @@ def test_a_llama_that_computes_something_else_is_not_fused(tiny_llama, change):
     assert state(model).backend.name == "module"
 
 
-def test_half_precision_is_not_fused(tiny_llama):
-    assert report(adaptive_gen.wrap(tiny_llama().bfloat16())).engine == "module"
-
-
 def test_hooks_and_training_mode_are_honoured_while_they_last(tiny_llama):
     model = adaptive_gen.wrap(tiny_llama())
     calls = []

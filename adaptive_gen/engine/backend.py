@@ -13,15 +13,16 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledSegment, most_tokens, prepared
+from .compiled import CompiledSegment, NarrowSegment, most_tokens, prepared
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
-from .fusing import WIDE, Unfit, fuse, fuse_readout, stacked, wide
+from .fusing import WIDE, Unfit, fuse, fuse_readout, narrow_readout, narrowed, stacked, wide
 from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
 from .machine_code import compiling
+from .narrow import BITS
 from .panelled import CompiledModel
 from .recorder import Direct
 from .scheduler import Scheduler
@@ -43,8 +44,9 @@ TRIED = {
 ENGINES = tuple(TRIED)
 ON_SLABS = ("graphs", "static")  # back ends that keep their state at fixed addresses
 WEIGHTS = ("own", "int8")
-# `fused` works on copies of the layers' weights; beyond this they are only made when asked for.
-MOST_COPIED_BYTES = 2 << 30
+# Weights are copied, half precision once and all else twice: for `fused`, and in panels. Beyond
+# this it is only done when asked for.
+MOST_COPIED_BYTES = 4 << 30
 
 
 def _hooked(module: Any) -> bool:
@@ -66,8 +68,9 @@ def _weights(module: nn.Module) -> list[Any]:
     return [weight for weights in own for weight in weights if weight is not None]
 
 
-def _size(weights: Sequence[Any]) -> int:
-    return sum(w.numel() * w.element_size() for w in weights)
+def _copies(weights: Sequence[Any]) -> int:
+    """Bytes of the copies that are made of weights."""
+    return sum(w.numel() * w.element_size() * (1 if w.dtype in BITS else 2) for w in weights)
 
 
 def _signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
@@ -152,18 +155,22 @@ class Backend:
             assert self._graphs is not None
             return [*graphs.segments(self._graphs, exit_layers)]
         assert self._fused is not None
-        workspace = Workspace(self._fused.sizes)
-        segments = [
-            FusedSegment(self._fused, start, stop, self._stack(start, stop), workspace)
-            for start, stop in zip([0, *exit_layers[:-1]], exit_layers, strict=True)
-        ]
+        segments = self._long_segments(self._fused, exit_layers)
         compiled = self._compiled if self.name == "compiled" else None
         if self.weights == "int8":
             self.name += "-int8"
         if compiled is None:
-            return [*segments]
-        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
+            return segments
+        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens(self._fused))
         return [CompiledSegment(compiled, segment, desk) for segment in segments]
+
+    def _long_segments(self, model: FusedModel, exit_layers: Sequence[int]) -> list[Segment]:
+        """What runs blocks of many tokens."""
+        bounds = list(zip([0, *exit_layers[:-1]], exit_layers, strict=True))
+        if model.narrow:
+            return [NarrowSegment(self.decoder, *each) for each in bounds]
+        workspace = Workspace(model.sizes)
+        return [FusedSegment(model, *each, self._stack(*each), workspace) for each in bounds]
 
     def embed(self) -> Callable[[Tensor, Sequence[int]], Tensor]:
         """(ids, starts) -> hidden states before the first of the latest segments.
@@ -175,7 +182,7 @@ class Backend:
 
     def normed(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states, exit layer) -> what the LM head sees there, for the latest segments."""
-        decoder, dtype = self.decoder, self._dtype
+        decoder, dtype = self.decoder, self.decoder.dtype
         if not self._narrow:
             return decoder.normed
 
@@ -195,7 +202,7 @@ class Backend:
     @torch.no_grad()
     def readout(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states [rows, hidden], exit layer) -> logits, for the latest segments."""
-        shared, own, dtype = self._shared_readout(), self.decoder.own, self._dtype
+        shared, own = self._shared_readout(), self.decoder.own
         if shared is None and not self._narrow:
             return self.decoder.readout
         if shared is not None and not own:
@@ -205,18 +212,19 @@ class Backend:
             if shared is not None and exit_layer not in own:
                 return shared(hidden)
             # The model's own modules take what its own layers would have given.
-            return wide(self.decoder.readout(hidden.to(dtype), exit_layer))
+            return wide(self.decoder.readout(hidden.to(self.decoder.dtype), exit_layer))
 
         return read
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.decoder.layers[0].parameters()).dtype
-
-    @property
     def _narrow(self) -> bool:
         """Whether the latest segments work in float32 and the model in less."""
-        return self.name not in ("module", *ON_SLABS) and self._dtype not in WIDE
+        return self.name not in ("module", *ON_SLABS) and self.decoder.dtype not in WIDE
+
+    @property
+    def widens(self) -> bool:
+        """Whether the latest segments read weights in half precision, but work in float32."""
+        return self._narrow and self.weights == "own"
 
     def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
@@ -273,6 +281,9 @@ class Backend:
         if self.name in ON_SLABS:
             assert self._graphs is not None
             return graphs.readout(self._graphs, norm, head)
+        if self.widens and head.weight.dtype in BITS:
+            made = narrow_readout(norm, head)
+            return CompiledReadout(made) if made else None
         to_round = self.weights == "int8"
         made = fuse_readout(norm, head, to_round)
         if made is not None and to_round:
@@ -287,7 +298,7 @@ class Backend:
 
     def _too_large(self, weights: Sequence[Any]) -> bool:
         asked_for = self.engine in ("fused", "compiled") or self.weights == "int8"
-        return not asked_for and _size(weights) > MOST_COPIED_BYTES
+        return not asked_for and _copies(weights) > MOST_COPIED_BYTES
 
     def _choose(self) -> tuple[str, str]:
         """The back end to use, and why those before it cannot run the model as it is now."""
@@ -328,7 +339,7 @@ class Backend:
 
     def _unfit_for_compiled(self) -> str:
         """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
-        reason = self._unfit_for_fused()
+        reason = self._unprepared()
         if reason:
             return reason
         # Which way is quicker depends on how many threads each has.
@@ -344,18 +355,30 @@ class Backend:
         return self._causes["compiled"]
 
     def _unfit_for_fused(self) -> str:
+        reason = self._unprepared()
+        if not reason and self._fused is not None and self._fused.narrow:
+            return f"it is {self.decoder.dtype}; dtype=torch.float32 loads it as fused needs it"
+        return reason
+
+    def _unprepared(self) -> str:
+        """Why the layers cannot be prepared for other ways to run them than their own."""
         weights = _weights(self.decoder.layers)
         if self._too_large(weights):
-            return f"copies of its layers would take {_size(weights) / 2**30:.1f} GiB"
+            return f"copies of its layers would take {_copies(weights) / 2**30:.1f} GiB"
         signature = _signature(weights)
         if signature != self._signatures.get("fused"):
             self._fused, self._stacks, self._signatures["fused"] = None, {}, signature
             try:
-                rounded = quantised if self.weights == "int8" else None
-                self._fused = fuse(self.decoder, rounded)
+                self._fused = fuse(self.decoder, self._kept_of_layers())
             except Unfit as error:
                 self._causes["fused"] = str(error)
         return "" if self._fused is not None else self._causes["fused"]
+
+    def _kept_of_layers(self) -> Callable[[Any, Any], Any] | None:
+        """See `fuse`."""
+        if self.weights == "int8":
+            return lambda _, prepared: quantised(prepared)
+        return narrowed if self.decoder.dtype in BITS else None
 
     def _unfit_for_graphs(self, name: str) -> str:
         signature = _addresses(_weights(self.decoder.layers))

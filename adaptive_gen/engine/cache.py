@@ -114,14 +114,18 @@ class KVCache:
 
         Returns:
             Keys and values [rows, kv_heads, `span.stop`, head_dim] of the span's rows, views of the
-            buffers where these are all rows; what is beyond a row's tokens means nothing.
+            buffers where these are all rows and of their dtype; what is beyond a row's tokens means
+            nothing.
         """
         keys = self._keys[layer_idx] = self._with_room(self._keys[layer_idx], key, span.stop)
         values = self._values[layer_idx] = self._with_room(
             self._values[layer_idx], value, span.stop
         )
         self._lengthen(layer_idx, span)
-        return self._put(keys, key, span), self._put(values, value, span)
+        return (
+            self._put(keys, key, span).to(key.dtype),
+            self._put(values, value, span).to(value.dtype),
+        )
 
     def slots(self, start: int, stop: int, span: Span, like: Tensor) -> Slots:
         """Where a block with equally many tokens of every row goes in layers `start`..`stop`.
@@ -194,7 +198,8 @@ class KVCache:
             else span.row_index(block.device)
         )
         # Indices on both sides of a slice bring their axes to the front: [rows, time, kv_heads, ..]
-        buffer[rows[:, None], :, span.positions(block.device)] = block.transpose(1, 2)
+        written = block.transpose(1, 2).to(buffer.dtype)
+        buffer[rows[:, None], :, span.positions(block.device)] = written
         seen = buffer.narrow(2, 0, span.stop)
         return seen if span.rows is None else seen.index_select(0, rows)
 
@@ -213,7 +218,8 @@ class KVCache:
         self.capacity = max(self.capacity, 1 << (length - 1).bit_length())
         _, heads, _, head_dim = block.shape
         # Zeros, because a masked value still meets its weight of 0, and 0 * nan is nan.
-        grown = block.new_zeros(self.batch, heads, self.capacity, head_dim)
+        like = block if buffer is None else buffer
+        grown = like.new_zeros(self.batch, heads, self.capacity, head_dim)
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer
         return grown

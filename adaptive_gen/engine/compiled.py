@@ -19,6 +19,7 @@ from .desk import Desk
 from .fused import FusedModel, FusedSegment
 from .machine_code import compiling, kernel
 from .panelled import CompiledModel, unfit
+from .segment import ModuleSegment, Segment
 from .team import threads
 from .workspace import Workspace
 
@@ -36,7 +37,7 @@ class CompiledSegment:
     """Layers `start`..`stop` of a `CompiledModel`."""
 
     model: CompiledModel
-    long: FusedSegment  # the same layers, for blocks of many tokens
+    long: Segment  # the same layers, for blocks of many tokens
     desk: Desk  # shared by the segments of one generation
 
     @property
@@ -94,8 +95,7 @@ class CompiledSegment:
             kv,
             model.weights[0],
             model.scales[0],
-            model.biases[0],
-            model.biases[2],
+            model.biases,
             model.floors,
             model.fused.sizes.heads,
             desk.buffers(span.stop),
@@ -120,8 +120,29 @@ class CompiledSegment:
         return desk.memory(kv)
 
 
-def most_tokens() -> int:
-    """How many tokens of a block the kernels run sooner than general products."""
+@dataclass(frozen=True)
+class NarrowSegment(ModuleSegment):
+    """The model's own layers, in their own dtype, between hidden states in float32."""
+
+    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+        """Run the layers on a block."""
+        return super().run(self._narrowed(hidden), cache, span).to(hidden.dtype)
+
+    def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
+        """Store the block's keys and values."""
+        super().store(self._narrowed(hidden), cache, span)
+
+    def _narrowed(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.decoder.dtype)
+
+
+def most_tokens(model: FusedModel) -> int:
+    """How many tokens of a block the kernels run sooner than general products.
+
+    In bfloat16, torch's products of many tokens are quicker than the kernels', which are float32.
+    """
+    if model.narrow and model.decoder.dtype == torch.bfloat16:
+        return MOST_ROWS
     return max(MOST_ROWS, MOST_TOKENS * threads() // max(torch.get_num_threads(), threads()))
 
 
@@ -130,7 +151,8 @@ def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None,
 
     Args:
         model: a prepared one; it is better forgotten afterwards.
-        if_quicker: only if a token then takes no longer than by `fused`, by a trial.
+        if_quicker: only if a token then takes no longer than by `fused`, or by the model's own
+            layers if they are in half precision, by a trial.
 
     Returns:
         The compiled model or None, why it is None, and the seconds that compiling took; machine
@@ -148,19 +170,23 @@ def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None,
     seconds = time.perf_counter() - clock
     if if_quicker:
         trials = [[_timed(way) for way in ways] for _ in range(_TRIALS)]
-        compiled, fused = map(min, zip(*trials, strict=True))
-        if compiled > fused * _DOUBT:
-            reason = f"it takes {compiled / fused:.1f} times as long as fused here"
+        compiled, long = map(min, zip(*trials, strict=True))
+        if compiled > long * _DOUBT:
+            other = "module" if model.narrow else "fused"
+            reason = f"it takes {compiled / long:.1f} times as long as {other} here"
             return None, reason, seconds
     return made, "", seconds
 
 
 def _ways(model: CompiledModel) -> list[Callable[[], object]]:
-    """Runs of one token through all layers: compiled, and fused."""
+    """Runs of one token through all layers: compiled, and as blocks of many are run."""
     fused = model.fused
     n_layers, stack = len(fused.layers), (fused.layers[0].qkv, None)
     like = fused.qk_floor
-    long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes))
+    if fused.narrow:
+        long = NarrowSegment(fused.decoder, 0, n_layers)
+    else:
+        long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes))
     hidden = like.new_ones(1, 1, fused.sizes.hidden)
     caches = KVCache(n_layers), KVCache(n_layers)
     short = CompiledSegment(model, long, Desk(fused.sizes, like, room=1))

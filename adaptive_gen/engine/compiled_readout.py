@@ -1,5 +1,6 @@
 """The LM head of the back end `compiled`, and the confidences in what it says."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from .compiled import MOST_ROWS
 from .fused import FusedReadout, Matrix
 from .int8 import COLUMNS, Int8Matrix
 from .machine_code import kernel
-from .panelled import PANEL, in_panels, padding
+from .narrow import NarrowMatrix
+from .panelled import PANEL, gain_of, in_panels, padding
 from .team import helpers
 
 # A smaller head stays in the caches, where reading less of it gains nothing.
@@ -26,20 +28,24 @@ class CompiledReadout:
         """Take the prepared weights over."""
         self._long, self.floor = fused, float(fused.floor)
         self.panels, self.scale = in_panels(fused.head, fused.floor)
-        head = fused.head
-        self.vocab = len(head.scale) if isinstance(head, Int8Matrix) else head.shape[1]
+        head, gain = fused.head, gain_of(fused.head)
+        self.vocab = head.shape[1] if isinstance(head, Tensor) else len(head.scale)
+        self._gain = fused.floor.new_zeros(0).numpy() if gain is None else gain.numpy()
         self._screen = _screen(head, fused.floor)
 
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         rows = hidden.shape[0]
+        if rows > MOST_ROWS and isinstance(self._long.head, NarrowMatrix):
+            return torch.cat([self(part) for part in hidden.split(MOST_ROWS)])
         if rows > MOST_ROWS:
             return self._long(hidden)
         cpu = kernel("cpu")
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
-        cpu.read_out(x, self.floor, self.panels, self.scale, normed, logits.numpy(), self._team())
+        head = self._gain, self.panels, self.scale
+        cpu.read_out(x, self.floor, *head, normed, logits.numpy(), self._team())
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
     def _team(self) -> Any:
@@ -49,10 +55,11 @@ class CompiledReadout:
         """The head as `kernels.screen` has it, with buffers of its own for `rows` hidden states."""
         panels, dtype = self.panels.shape[0], self.scale.dtype
         normed = np.zeros((rows, self.panels.shape[1]), dtype)
+        gained = np.zeros_like(normed) if len(self._gain) else normed
         logits = np.zeros((rows, panels * PANEL), dtype)
         screen = *self._screen, np.zeros(panels, np.bool_), np.zeros(PANEL, dtype)
-        team = self._team()
-        return self.panels, self.scale, self.floor, normed, logits, self.vocab, screen, team
+        head = self.panels, self.scale, self.floor, normed, logits, self.vocab, screen
+        return *head, self._team(), self._gain, gained
 
 
 def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
@@ -60,14 +67,14 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
 
     There are none for a small head, nor for one that is in 8 bits itself.
     """
-    if isinstance(head, Int8Matrix) or head.numel() * head.element_size() < SCREENED_BYTES:
+    if isinstance(head, Int8Matrix) or _bytes(head) < SCREENED_BYTES:
         none = like.new_zeros(0).numpy()
         return np.zeros((0, 0, PANEL), np.int8), none, none, none, none
     # What both products may lose by rounding their sums, as a share of a column's length.
-    sums = 4 * head.shape[0] * torch.finfo(head.dtype).eps
     steps, scales, doubts = [], [], []
-    for part in head.split(COLUMNS, dim=1):
+    for part in _columns(head):
         rounded = Int8Matrix.of(part)
+        sums = 4 * part.shape[0] * torch.finfo(part.dtype).eps
         lost = torch.linalg.vector_norm(part - rounded.float().to(part.dtype), dim=0)
         doubts.append(lost + sums * torch.linalg.vector_norm(part, dim=0))
         steps.append(rounded.steps)
@@ -76,6 +83,20 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     doubt = F.pad(doubt, (0, padding(len(doubt))))
     powers = (part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
     return *in_panels(Int8Matrix(torch.cat(steps), torch.cat(scales)), like), *powers
+
+
+def _bytes(head: Tensor | NarrowMatrix) -> int:
+    weights = head if isinstance(head, Tensor) else head.rows()
+    return weights.numel() * weights.element_size()
+
+
+def _columns(head: Tensor | NarrowMatrix) -> Iterator[Tensor]:
+    """A head's columns, some at a time, [hidden, columns] float32 or float64."""
+    if isinstance(head, Tensor):
+        yield from head.split(COLUMNS, dim=1)
+        return
+    for start in range(0, len(head.scale), COLUMNS):
+        yield head.float(start, start + COLUMNS)
 
 
 class CompiledConfidences(Confidences):

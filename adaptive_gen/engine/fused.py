@@ -19,9 +19,10 @@ from ..decoder import Decoder
 from .attention import Attention
 from .cache import KVCache, Span
 from .int8 import Int8Matrix
+from .narrow import NarrowMatrix
 from .workspace import Room, Sizes, Workspace
 
-Matrix = Tensor | Int8Matrix
+Matrix = Tensor | Int8Matrix | NarrowMatrix
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class FusedModel:
     layers: list[Layer]
     sizes: Sizes
     qk_floor: Tensor  # what the norms of queries and keys divide by at least, a scalar
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its matrices stay as the modules have them, for kernels to read."""
+        return isinstance(self.layers[0].qkv, NarrowMatrix)
 
 
 @dataclass(frozen=True)
@@ -132,17 +138,21 @@ class FusedReadout:
 
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self.floor)
-        return product(hidden / length, self.head)
+        return product(normed(hidden, self.floor), self.head)
+
+
+def normed(hidden: Tensor, floor: Tensor) -> Tensor:
+    """Hidden states [rows, hidden] divided by their length or more; see `FusedModel`."""
+    return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(floor)
 
 
 def product(
     x: Tensor, matrix: Matrix, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """`x @ matrix + bias` for rows [n, in]."""
-    if isinstance(matrix, Int8Matrix):
-        rounded = matrix(x)
-        out = rounded.to(x.dtype) if out is None else out.copy_(rounded)
+    if not isinstance(matrix, Tensor):
+        found = matrix(x)
+        out = found.to(x.dtype) if out is None else out.copy_(found)
         return out if bias is None else out.add_(bias)
     if bias is None:
         return torch.mm(x, matrix, out=out)
@@ -151,7 +161,7 @@ def product(
 
 def add_product(total: Tensor, x: Tensor, matrix: Matrix) -> None:
     """Add `x @ matrix` to `total`, in place."""
-    if isinstance(matrix, Int8Matrix):
-        total += matrix(x)
-    else:
+    if isinstance(matrix, Tensor):
         total.addmm_(x, matrix)
+    else:
+        total += matrix(x)

@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 from ..decoder import Decoder
 from .cache import KVCache, side_by_side
-from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix
+from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, normed
 from .int8 import Int8Matrix
+from .narrow import BITS, NarrowMatrix
 from .workspace import Sizes, Workspace
 
 WIDE = (torch.float32, torch.float64)  # what hidden states and sums are in here
@@ -32,7 +34,7 @@ def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | 
     """The K and V matrices of layers `start`..`stop` side by side, and their bias."""
     first = model.sizes.heads * model.sizes.head_dim  # queries come first and are not needed
     layers = model.layers[start:stop]
-    whole = [m.float() if isinstance(m, Int8Matrix) else m for m in (x.qkv for x in layers)]
+    whole = [m if isinstance(m, Tensor) else m.float() for m in (x.qkv for x in layers)]
     stack = torch.cat([matrix[:, first:] for matrix in whole], dim=1)
     biases = [layer.qkv_bias for layer in layers if layer.qkv_bias is not None]
     bias = torch.cat([b[first:] for b in biases]) if biases else None
@@ -41,24 +43,25 @@ def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | 
     return faster_order(stack), bias
 
 
-def fuse(decoder: Decoder, rounded: Callable[[Layer], Layer] | None = None) -> FusedModel:
+def fuse(decoder: Decoder, kept: Callable[[Any, Layer], Layer] | None = None) -> FusedModel:
     """Prepare a decoder's layers, one after the other.
 
     Args:
         decoder: whose layers they are.
-        rounded: makes of each layer what is kept of it, once it is known to be right. Layers in
-            bfloat16 are only prepared for that: their hidden states are then float32.
+        kept: makes of each layer, the model's own and the prepared one, what is kept of it, once
+            that is known to be right. Layers in half precision are only prepared for that: their
+            hidden states are then float32.
 
     Raises:
         Unfit: they are not of the shape computed here, or on a device or in a dtype it is not for.
     """
     layers: Any = list(decoder.layers)
     weight = next(layers[0].parameters())
-    known = WIDE if rounded is None else (*WIDE, torch.bfloat16)
+    known = WIDE if kept is None else (*WIDE, *BITS)
     if weight.device.type != "cpu" or weight.dtype not in known:
         raise Unfit(
-            f"it is {weight.dtype} on {weight.device.type}; fused is for float32 and 64 on CPUs, "
-            "and for bfloat16 with weights='int8' (load it with dtype=torch.float32)"
+            f"it is {weight.dtype} on {weight.device.type}; compiled and fused are for CPUs and "
+            "for float32, float64, bfloat16 and float16"
         )
     if decoder.positions.rotary_by_type:
         raise Unfit("its rotary embeddings differ by layer")
@@ -76,15 +79,17 @@ def fuse(decoder: Decoder, rounded: Callable[[Layer], Layer] | None = None) -> F
         )
         floor = _floor(getattr(first, "q_norm", None))
         model = FusedModel(decoder, [], sizes, wide(weight[:0]).new_tensor(floor))
-        order = faster_order if rounded is None else _as_it_is
+        order = faster_order if kept is None else _as_it_is
         states = _states(decoder)
         for index, layer in enumerate(layers):
+            if {p.dtype for p in layer.parameters() if p.dim() == 2} != {weight.dtype}:
+                raise Unfit("its layers' weights are not all of one dtype")
             layer, own = wide(layer), layer
             model.layers.append(_layer(layer, order))
             reference = decoder if layer is own else decoder.with_layer(index, layer)
             states = _compared(model, reference, index, states)
-            if rounded is not None:
-                model.layers[index] = rounded(model.layers[index])
+            if kept is not None:
+                model.layers[index] = kept(own, model.layers[index])
     except (AttributeError, RuntimeError) as error:
         raise Unfit(f"its layers are of another shape ({error})") from None
     return model
@@ -109,10 +114,51 @@ def fuse_readout(norm: Any, head: nn.Linear, to_round: bool = False) -> FusedRea
     order = _as_it_is if to_round else faster_order
     matrix = order((weight * gain(norm)).t())
     readout = FusedReadout(matrix, weight.new_tensor(_floor(norm)))
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, head.in_features, generator=generator, dtype=weight.dtype)
+    hidden = _hidden(norm)
     expected = F.linear(norm(hidden), weight)
     return readout if _difference(readout(hidden), expected) is None else None
+
+
+def narrow_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
+    """The same for a head in half precision that is read as it is."""
+    if not hasattr(norm, "variance_epsilon"):
+        return None
+    norm, own = wide(norm), head.weight.detach()
+    floor, factor, hidden = norm.weight.new_tensor(_floor(norm)), gain(norm).detach(), _hidden(norm)
+    if _difference(normed(hidden, floor) * factor, norm(hidden)) is not None:
+        return None
+    return FusedReadout(NarrowMatrix(lambda: own, factor, factor.new_ones(len(own))), floor)
+
+
+def _hidden(norm: Any) -> Tensor:
+    """Random hidden states [3, hidden]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, norm.weight.numel(), generator=generator, dtype=norm.weight.dtype)
+
+
+def narrowed(layer: Any, prepared: Layer) -> Layer:
+    """A prepared layer whose matrices are those of one in half precision; see `NarrowMatrix`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q, k, v, out = (getattr(attention, f"{name}_proj").weight for name in "qkvo")
+    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+
+    def qkv() -> Tensor:
+        return torch.cat([_paired(q, attention.head_dim), _paired(k, attention.head_dim), v])
+
+    def matrix(make: Callable[[], Tensor], size: int, norm: Any = None) -> NarrowMatrix:
+        factor = None if norm is None else gain(wide(norm)).detach()
+        return NarrowMatrix(lambda: make().detach(), factor, torch.ones(size))
+
+    first = matrix(qkv, len(q) + 2 * len(k), layer.input_layernorm)
+    if prepared.qk_gain is None:
+        first.scale[: len(q)] = attention.scaling
+    return replace(
+        prepared,
+        qkv=first,
+        out=matrix(lambda: out, len(out)),
+        gate_up=matrix(lambda: torch.cat([gate, up]), 2 * len(up), layer.post_attention_layernorm),
+        down=matrix(lambda: down, len(down)),
+    )
 
 
 def _floor(norm: Any) -> float:

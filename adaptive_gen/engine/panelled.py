@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from .fused import FusedModel, Matrix
 from .int8 import MATRICES, Int8Matrix
+from .machine_code import kernel
+from .narrow import NarrowMatrix, bits
 from .positions import SLIDING
 
 PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
@@ -30,6 +32,8 @@ def unfit(model: FusedModel) -> str:
     widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
     if any(width % DEPTH for width in widths):
         return f"its widths {widths} are no multiples of {DEPTH}"
+    if model.decoder.dtype == torch.float16 and not kernel("half").CONVERTS_FLOAT16:
+        return "this processor cannot convert float16"
     return ""
 
 
@@ -40,7 +44,7 @@ class CompiledModel:
     fused: FusedModel
     weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
     scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
-    biases: tuple[Any, ...]  # of qkv and out, and gains of queries and keys; see `kernels.cpu`
+    biases: tuple[Any, ...]  # of qkv and out, and gains; see `kernels.cpu`
     floors: Any
     windows: Any
 
@@ -50,14 +54,19 @@ class CompiledModel:
         positions, layers = model.decoder.positions, model.layers
         like, window = model.qk_floor, positions.window or 0
         weights, scales = _in_order([[getattr(x, name) for name in MATRICES] for x in layers], like)
+        biases = [
+            _stacked([getattr(layer, name) for layer in layers], axes, like)
+            for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
+        ]
+        biases += [
+            _stacked([gain_of(getattr(layer, name)) for layer in layers], 1, like)
+            for name in ("qkv", "gate_up")
+        ]
         return cls(
             model,
             weights,
             scales,
-            tuple(
-                _stacked([getattr(layer, name) for layer in layers], axes, like)
-                for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
-            ),
+            tuple(biases),
             like.new_tensor([model.sizes.floor, float(model.qk_floor)]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
         )
@@ -95,13 +104,21 @@ def aligned(shape: Sequence[int], dtype: Any) -> Any:
     return room[start : start + size].view(dtype).reshape(shape)
 
 
+def gain_of(matrix: Matrix) -> Tensor | None:
+    """What has to be multiplied with all that a matrix is given, if that is not folded in."""
+    return matrix.gain if isinstance(matrix, NarrowMatrix) else None
+
+
 def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
     """An [in, out] matrix as [panels, in, PANEL] with zeros at the end, and its columns' scale.
 
-    What is not rounded has a scale of 1, in the dtype of `like`.
+    What has no scale of its own has one of 1, in the dtype of `like`. Half precision comes as
+    `narrow.bits`.
     """
     if isinstance(matrix, Int8Matrix):
         steps, scale = matrix.steps.t(), matrix.scale.to(like.dtype)
+    elif isinstance(matrix, NarrowMatrix):
+        steps, scale = bits(matrix.rows()).t(), matrix.scale
     else:
         steps, scale = matrix, like.new_ones(matrix.shape[1])
     inner, outer = steps.shape

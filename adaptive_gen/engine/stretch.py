@@ -22,6 +22,7 @@ from .desk import Desk
 from .drafts import DraftLength
 from .fusing import gain, wide
 from .machine_code import kernel
+from .narrow import bits
 from .scheduler import Scheduler
 
 # How long a stretch may take: tokens are shown when it ends, and 20 times a second looks steady.
@@ -83,7 +84,7 @@ class Stretch:
         assert embedding is not None
         head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
-        self._model = _table(embedding.weight), layers, head, self._gate(), bounds
+        self._model = bits(embedding.weight.detach()).numpy(), layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
@@ -229,13 +230,6 @@ class LosslessStretch(Stretch):
         )
         row.cap, row.drafts = drafts.length, 0
         return done
-
-
-def _table(embedding: torch.Tensor) -> Any:
-    """The embedding [vocab, hidden] as kernels take it; see `kernels.decode.embed`."""
-    if embedding.dtype == torch.bfloat16:
-        return embedding.detach().view(torch.int16).numpy().view(np.uint16)
-    return embedding.detach().numpy()
 
 
 def _dtype(like: torch.Tensor) -> Any:

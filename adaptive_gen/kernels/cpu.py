@@ -34,6 +34,22 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
 
 
 @compiled
+def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
+    """Multiply normed hidden states by what the weights behind them do not have folded in, if any.
+
+    Args:
+        gain: [hidden], or of length 0.
+        x: [.., hidden].
+        out: likewise; may be x itself.
+        tokens: of both.
+    """
+    for m in range(tokens):
+        row, into = x[m], out[m]
+        for n in range(gain.shape[0]):
+            into[n] = row[n] * gain[n]
+
+
+@compiled
 def _turn(heads: Any, turn: Any) -> None:
     """Rotate [heads, head_dim] by [head_dim / 2, (cos, sin)], pairs side by side."""
     for h in range(heads.shape[0]):
@@ -144,8 +160,9 @@ def run_layers(
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
         weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL].
         scales: of their columns, each [layers, panels * PANEL].
-        biases: of qkv and out, each [layers, out], and gains of queries and keys, [layers, heads +
-            kv_heads, head_dim]; a model without them has none in the second axis.
+        biases: of qkv and out, each [layers, out]; gains of queries and keys, [layers, heads +
+            kv_heads, head_dim]; and gains of hidden states before qkv and before gate and up,
+            [layers, hidden] each. A model without one has none in the second axis.
         floors: what norms of hidden states, and of queries and keys, divide by at least.
         windows: of each layer, how many positions a token sees; 0 is all.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
@@ -154,13 +171,14 @@ def run_layers(
     """
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
-    qkv_bias, out_bias, gains = biases
+    qkv_bias, out_bias, gains, first_gain, second_gain = biases
     normed, projected, mixed, wide, scores, team = buffers
     tokens, inner = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
     one = x.dtype.type(1)
     for layer in range(start, stop):
         norm(x, floors[0], normed, tokens)
+        apply_gain(first_gain[layer], normed, normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
@@ -169,6 +187,7 @@ def run_layers(
         add_product(mixed, out[layer], out_scale[layer], x, tokens, team)
         _add_bias(x, out_bias[layer], tokens)
         norm(x, floors[0], normed, tokens)
+        apply_gain(second_gain[layer], normed, normed, tokens)
         wide[:tokens] = 0
         add_product(normed, gate_up[layer], gate_up_scale[layer], wide, tokens, team)
         for m in range(tokens):
@@ -188,8 +207,7 @@ def store_layers(
     kv: Any,
     qkv: Any,
     qkv_scale: Any,
-    qkv_bias: Any,
-    gains: Any,
+    biases: Any,
     floors: Any,
     heads: int,
     buffers: Any,
@@ -198,10 +216,12 @@ def store_layers(
 
     Arguments are those of `run_layers`; `heads` are the queries'.
     """
+    qkv_bias, _, gains, first_gain, _ = biases
     normed, projected, team = buffers[0], buffers[1], buffers[5]
     tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
-    norm(x, floors[0], normed, tokens)
     for layer in range(start, stop):
+        norm(x, floors[0], normed, tokens)
+        apply_gain(first_gain[layer], normed, normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
         _add_bias(projected, qkv_bias[layer], tokens)
@@ -209,12 +229,15 @@ def store_layers(
 
 
 @compiled
-def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any, team: Any) -> None:
+def read_out(
+    x: Any, floor: float, gain: Any, head: Any, scale: Any, normed: Any, out: Any, team: Any
+) -> None:
     """Logits of hidden states: norm and LM head.
 
     Args:
         x: [tokens, hidden].
         floor: what the norm divides by at least.
+        gain: see `apply_gain`.
         head: [panels, hidden, PANEL].
         scale: of its columns.
         normed: [tokens, hidden].
@@ -223,6 +246,7 @@ def read_out(x: Any, floor: float, head: Any, scale: Any, normed: Any, out: Any,
     """
     tokens = x.shape[0]
     norm(x, floor, normed, tokens)
+    apply_gain(gain, normed, normed, tokens)
     out[:] = 0
     add_product(normed, head, scale, out, tokens, team)
 

@@ -28,13 +28,9 @@ Axes: `tokens`, `segments`, `exits` (segments but the last), `room`, `hidden`.
 import math
 from typing import Any
 
-import numpy as np
-from numba import types
-from numba.extending import overload
-
 from ..engine import thrift
 from .cpu import compiled, norm, run_layers, store_layers
-from .exponential import float_of
+from .half import number
 from .screen import GATE, leaves, look, token_of
 from .team import kept
 
@@ -150,8 +146,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
         kv,
         weights[0],
         scales[0],
-        biases[0],
-        biases[2],
+        biases,
         floors,
         heads,
         buffers,
@@ -218,34 +213,18 @@ def descend(
     return -1, block
 
 
-def _number(bits: Any) -> Any:
-    """A number of an embedding as its hidden states have it."""
-    raise NotImplementedError
-
-
-@overload(_number, inline="always")
-def _number_of(bits: Any) -> Any:
-    def same(bits: Any) -> Any:
-        return bits
-
-    def from_bfloat16(bits: Any) -> Any:
-        return float_of(np.uint32(bits) << np.uint32(16))
-
-    return from_bfloat16 if bits == types.uint16 else same
-
-
 @compiled
 def embed(table: Any, token: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
     Args:
-        table: [vocab, hidden], of x's dtype; or bfloat16 as uint16, for x in float32.
+        table: [vocab, hidden], of x's dtype; or one of `half`'s two, for x in float32.
         token: whose.
         x: [hidden or more].
     """
     row = table[token]
     for n in range(row.shape[0]):
-        x[n] = _number(row[n])
+        x[n] = number(row[n])
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""The exponential as loops of compiled code need it, and floats by their bits."""
+"""The exponential as loops of compiled code need it."""
 
 import math
 from typing import Any
@@ -21,18 +21,6 @@ def _bits_of_power(context: Any, exponent: Any) -> Any:
 
 
 _power_of_two: Any = intrinsic(_bits_of_power)
-
-
-def _float_of(context: Any, bits: Any) -> Any:
-    """The float32 whose bits those of a uint32 are."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-float_of: Any = intrinsic(_float_of)
 
 
 def exp(x: Any) -> Any:

@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .half import BFLOAT16, FLOAT16, widened
+
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
 # A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
@@ -61,11 +63,12 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
 def _adder(tokens: int, shared: bool = False) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
-    Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype or int8, what each
-    column of w is multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and
-    y, the panel, and which of how many calls for this panel it is. It asks for memory before it is
-    needed: in the order it reads, see `_asks`; or, where a panel's calls are several, for the next
-    panel, a job that they share, so that memory is not idle while a panel is used again.
+    Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype, int8 or
+    one of `half`'s two, what each column of w is multiplied by, [panels * PANEL], y [.., panels *
+    PANEL], the first row of x and y, the panel, and which of how many calls for this panel it is.
+    It asks for memory before it is needed: in the order it reads, see `_asks`; or, where a panel's
+    calls are several, for the next panel, a job that they share, so that memory is not idle while a
+    panel is used again.
     """
     # Sums that do not wait for each other: as many as the processor has under way at a time.
     chains = max(chains for chains in (1, 2, DEPTH) if chains == 1 or chains * tokens <= TILE)
@@ -83,7 +86,6 @@ def _adder(tokens: int, shared: bool = False) -> Any:
     ) -> Any:
         signature = types.void(x, w, scale, y, *[types.int64] * 4)
         number = x.dtype.bitwidth // 8
-        whole = isinstance(w.dtype, types.Integer)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [
@@ -147,8 +149,10 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                                 soon = builder.gep(here, [ir.Constant(_WORD, line + ahead)])
                                 _prefetch(builder, soon, into=level)
                 loaded = load(weights, place, weight_bytes)
-                if whole:
+                if w.dtype == types.int8:
                     loaded = builder.sitofp(loaded, vector)
+                elif w.dtype in (BFLOAT16, FLOAT16):
+                    loaded = widened(builder, loaded, w.dtype)
                 chain = grown[turn % chains]
                 for m, begin in enumerate(begins):
                     product = builder.fmul(spread(builder.add(begin, at)), loaded, flags=_SUMS)

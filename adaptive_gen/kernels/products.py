@@ -8,8 +8,9 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .freshness import stamped
+from .half import BFLOAT16, FLOAT16
 from .panels import ADDERS, PANEL, TILE, add_tile
-from .team import BYTES, FLOATS, MASK, bytes_at, floats_at
+from .team import BFLOATS, BYTES, FLOATS, HALVES, MASK, bfloats_at, bytes_at, floats_at, halves_at
 
 # What may be reordered: sums. Nobody may assume that there is no nan and no infinity.
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}
@@ -67,7 +68,9 @@ def _kind(x: Any, w: Any) -> Any:
 def _kind_of(x: Any, w: Any) -> Any:
     kind = -1
     if x.dtype == types.float32:
-        kind = {types.float32: FLOATS, types.int8: BYTES}.get(w.dtype, -1)
+        kinds = {types.float32: FLOATS, types.int8: BYTES}
+        kinds |= {BFLOAT16: BFLOATS, FLOAT16: HALVES}
+        kind = kinds.get(w.dtype, -1)
 
     def known(x: Any, w: Any) -> Any:
         return kind
@@ -84,7 +87,8 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
 
     Args:
         x: [.., in or more]; `in` is a multiple of `DEPTH`.
-        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8.
+        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8,
+            or for x in float32 one of `half`'s two.
         scale: of each column, [panels * PANEL].
         y: [.., panels * PANEL].
         tokens: at least 1.
@@ -133,6 +137,12 @@ def help_product(team: Any, index: int) -> None:
     if job[words.KIND] == FLOATS:
         w = carray(floats_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, w, scale, y, tokens, start, stop)
+    elif job[words.KIND] == BFLOATS:
+        bfloats = carray(bfloats_at(job[words.W]), (last, depth, PANEL))
+        add_panels(x, bfloats, scale, y, tokens, start, stop)
+    elif job[words.KIND] == HALVES:
+        halves = carray(halves_at(job[words.W]), (last, depth, PANEL))
+        add_panels(x, halves, scale, y, tokens, start, stop)
     else:
         steps = carray(bytes_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, steps, scale, y, tokens, start, stop)

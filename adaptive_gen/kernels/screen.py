@@ -12,14 +12,16 @@ The token and whether it leaves are those of the whole head.
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL], int8,
   no panels at all where there is no screen; and of each column, [vocab in whole panels], the scale,
   by how much a logit may be off, and e to the power of plus and of minus that; then whether a panel
-  is known exactly, [panels], and room for the PANEL best logits. At last who helps, see `team`.
+  is known exactly, [panels], and room for the PANEL best logits. Who helps, see `team`. At last the
+  gain that is folded into the screen and not into the panels, see `cpu.apply_gain`, and the normed
+  states times it: the very same as normed where there is none.
 - `row`: of the normed states and of the logits.
 """
 
 import math
 from typing import Any
 
-from .cpu import first_of, norm, read_out, summary, two_largest
+from .cpu import apply_gain, first_of, norm, read_out, summary, two_largest
 from .exponential import exp
 from .panels import PANEL
 from .products import add_one, add_product, compiled
@@ -35,12 +37,13 @@ _DEPTHS = (0.0, 3.0, 6.0, math.inf)
 @compiled
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
-    panels, scale, floor, normed, logits, vocab, screen, team = head
+    panels, scale, floor, normed, logits, vocab, screen, team, gain, gained = head
     rows, steps = x.shape[0], screen[0]
     if not steps.shape[0]:
-        read_out(x, floor, panels, scale, normed, logits[:rows], team)
+        read_out(x, floor, gain, panels, scale, gained, logits[:rows], team)
         return
     norm(x, floor, normed, rows)
+    apply_gain(gain, normed, gained, rows)
     logits[:rows] = 0
     add_product(normed, steps, screen[1], logits, rows, team)
     logits[:rows, vocab:] = -math.inf
@@ -73,7 +76,7 @@ def _bar(row: int, head: Any) -> Any:
 @compiled
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
-    panels, scale, _, normed, logits, vocab, (_, _, doubt, _, _, exact, _), _ = head
+    panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact, _), _, _, gained = head
     for panel in range(len(exact)):
         if exact[panel]:
             continue
@@ -84,7 +87,7 @@ def _sharpen(row: int, bar: float, head: Any) -> None:
             reach += at[lane] + off[lane] >= bar
         if reach:
             at[:] = 0
-            add_one(normed, panels, scale, logits, row, panel, 0, 1)
+            add_one(gained, panels, scale, logits, row, panel, 0, 1)
             exact[panel] = True
     if exact[len(exact) - 1]:
         logits[row, vocab:] = -math.inf
@@ -163,11 +166,11 @@ def measured(found: Any, vocab: int, measure: int) -> float:
 @compiled
 def _read_whole(row: int, head: Any) -> Any:
     """The summary of exact logits."""
-    panels, scale, _, normed, logits, vocab, screen, _ = head
+    panels, scale, _, _, logits, vocab, screen, _, _, gained = head
     if screen[0].shape[0]:
         logits[row] = 0
         for panel in range(panels.shape[0]):
-            add_one(normed, panels, scale, logits, row, panel, 0, 1)
+            add_one(gained, panels, scale, logits, row, panel, 0, 1)
     return summary(logits[row, :vocab])
 
 

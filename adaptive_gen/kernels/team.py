@@ -37,8 +37,8 @@ PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strid
 JOB_WORDS = 20
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
-# Products with weights of two kinds, states and sums being float32 with both; and attention.
-FLOATS, BYTES, ATTENTION = range(3)
+# Products with weights of four kinds, states and sums being float32 with all; and attention.
+FLOATS, BYTES, BFLOATS, HALVES, ATTENTION = range(5)
 
 HALF = 32
 MASK = (1 << HALF) - 1
@@ -174,6 +174,26 @@ def bytes_at(context: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.CPointer(types.int8)(types.int64), generate
+
+
+@_instructions
+def bfloats_at(context: Any, address: Any) -> Any:
+    """A pointer to the bits of bfloat16; see `half`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@_instructions
+def halves_at(context: Any, address: Any) -> Any:
+    """A pointer to the bits of float16; see `half`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.int16)(types.int64), generate
 
 
 @kept
