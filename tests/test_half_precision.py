@@ -241,7 +241,7 @@ def test_layers_of_several_dtypes_are_left_to_the_model(tiny_llama):
 
 
 def test_a_processor_that_cannot_convert_float16_is_left_to_the_model(tiny_llama, monkeypatch):
-    monkeypatch.setattr("adaptive_gen.kernels.half.CONVERTS_FLOAT16", False)
+    monkeypatch.setattr("adaptive_gen.kernels.processor.CONVERTS_FLOAT16", False)
     assert "cannot convert float16" in fuse_reason(tiny_llama().half())
 
 

@@ -1,5 +1,6 @@
 """The LM head of the back end `compiled`, and the confidences in what it says."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,19 +71,28 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     if isinstance(head, Int8Matrix) or _bytes(head) < SCREENED_BYTES:
         none = like.new_zeros(0).numpy()
         return np.zeros((0, 0, PANEL), np.int8), none, none, none, none
-    # What both products may lose by rounding their sums, as a share of a column's length.
     steps, scales, doubts = [], [], []
     for part in _columns(head):
         rounded = Int8Matrix.of(part)
-        sums = 4 * part.shape[0] * torch.finfo(part.dtype).eps
         lost = torch.linalg.vector_norm(part - rounded.float().to(part.dtype), dim=0)
-        doubts.append(lost + sums * torch.linalg.vector_norm(part, dim=0))
+        doubts.append(lost + _share_lost(part) * torch.linalg.vector_norm(part, dim=0))
         steps.append(rounded.steps)
         scales.append(rounded.scale)
     doubt = torch.cat(doubts)
     doubt = F.pad(doubt, (0, padding(len(doubt))))
     powers = (part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
     return *in_panels(Int8Matrix(torch.cat(steps), torch.cat(scales)), like), *powers
+
+
+def _share_lost(columns: Tensor) -> float:
+    """How far products with a vector of length 1 at most may be off besides, per column's length.
+
+    Both the exact product and that in 8 bits round their sums, and the latter may round the vector.
+    """
+    inner = columns.shape[0]
+    sums = 4 * inner * torch.finfo(columns.dtype).eps
+    states = kernel("dots").ROUNDING * math.sqrt(inner) if kernel("processor").DOTS else 0.0
+    return sums + states
 
 
 def _bytes(head: Tensor | NarrowMatrix) -> int:

@@ -32,7 +32,7 @@ def unfit(model: FusedModel) -> str:
     widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
     if any(width % DEPTH for width in widths):
         return f"its widths {widths} are no multiples of {DEPTH}"
-    if model.decoder.dtype == torch.float16 and not kernel("half").CONVERTS_FLOAT16:
+    if model.decoder.dtype == torch.float16 and not kernel("processor").CONVERTS_FLOAT16:
         return "this processor cannot convert float16"
     return ""
 
@@ -113,7 +113,7 @@ def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
     """An [in, out] matrix as [panels, in, PANEL] with zeros at the end, and its columns' scale.
 
     What has no scale of its own has one of 1, in the dtype of `like`. Half precision comes as
-    `narrow.bits`.
+    `narrow.bits`, and 8 bits where there is an instruction for them as `kernels.dots` has them.
     """
     if isinstance(matrix, Int8Matrix):
         steps, scale = matrix.steps.t(), matrix.scale.to(like.dtype)
@@ -125,7 +125,21 @@ def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
     padded = F.pad(steps, (0, padding(outer))).view(inner, -1, PANEL)
     panels = aligned((padded.shape[1], inner, PANEL), padded.numpy().dtype)
     torch.from_numpy(panels).copy_(padded.transpose(0, 1))
+    if isinstance(matrix, Int8Matrix) and kernel("processor").DOTS:
+        panels = _in_quads(panels)
     return panels, F.pad(scale, (0, padding(outer))).numpy()
+
+
+def _in_quads(panels: Any) -> Any:
+    """Panels of int8 in the order of `kernels.dots`, and with its offset as uint8."""
+    dots = kernel("dots")
+    count, inner, columns = panels.shape
+    stored = aligned(panels.shape, np.uint8)
+    by_quad = panels.view(np.uint8).reshape(count, inner // dots.QUAD, dots.QUAD, columns)
+    # Adding half of what a byte may hold turns its first bit over.
+    stored.reshape(count, inner // dots.QUAD, columns, dots.QUAD)[:] = by_quad.swapaxes(2, 3)
+    stored ^= dots.OFFSET
+    return stored
 
 
 def padding(columns: int) -> int:

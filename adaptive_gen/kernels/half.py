@@ -4,18 +4,13 @@ Neither numpy nor numba knows bfloat16, and numba knows float16 in part: so arra
 their bits, integers of a type that says which of the two they are.
 """
 
-import platform
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
 BFLOAT16, FLOAT16 = types.uint16, types.int16  # what the bits are called
-# An x86 processor without F16C would call a library for each number.
-CONVERTS_FLOAT16 = platform.machine().lower() not in ("x86_64", "amd64") or bool(
-    binding.get_host_cpu_features().get("f16c")
-)
 
 
 def widened(builder: Any, numbers: Any, kind: Any) -> Any:

@@ -15,11 +15,10 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from .exponential import exp_lanes
-from .panels import WIDE
+from .processor import LANES
 
 _instructions: Any = intrinsic  # whose functions are called without their first argument
 
-LANES = 16 if WIDE else 8  # numbers of a register, of those it takes for as many keys
 _CHAINS = 4  # sums that do not wait for each other
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _SUMS = ("contract", "nsz", "reassoc")
@@ -77,7 +76,7 @@ def _add_product(builder: Any, total: Any, one: Any, other: Any) -> Any:
     return builder.fadd(total, builder.fmul(one, other, flags=_SUMS), flags=_SUMS)
 
 
-def _loop(
+def loop(
     builder: Any,
     start: Any,
     stop: Any,
@@ -138,7 +137,7 @@ def score_keys(context: Any, query: Any, size: Any, keys: Any, step: Any, scores
                 for total, row in zip(sums, rows, strict=True)
             ]
 
-        _, *sums = _loop(builder, _word(0), size, LANES, [_ZEROS] * LANES, products)
+        _, *sums = loop(builder, _word(0), size, LANES, [_ZEROS] * LANES, products)
         while len(sums) > 1:
             sums = [
                 builder.fadd(
@@ -183,9 +182,9 @@ def share_out(context: Any, scores: Any, count: Any, factor: Any) -> Any:
             def rest(j: Any, so_far: list[Any]) -> list[Any]:
                 return [grow(so_far[0], known(j, body(j), unknown))]
 
-            done, *so_far = _loop(builder, _word(0), count, LANES, [unknown], whole)
+            done, *so_far = loop(builder, _word(0), count, LANES, [unknown], whole)
             stop = builder.add(count, _word(LANES - 1))
-            return _loop(builder, done, stop, LANES, so_far, rest)[1]
+            return loop(builder, done, stop, LANES, so_far, rest)[1]
 
         def folded(numbers: Any, grow: Any) -> Any:
             """What all lanes grow to together, in each of them."""
@@ -237,11 +236,11 @@ def add_values(
 
         before = builder.select(anew, _ZEROS, _load(builder, out, _word(0)))
         begin = [before, *[_ZEROS] * (_CHAINS - 1)]
-        done, *sums = _loop(builder, _word(0), count, _CHAINS, begin, several)
+        done, *sums = loop(builder, _word(0), count, _CHAINS, begin, several)
         while len(sums) > 1:
             pairs = zip(sums[::2], sums[1::2], strict=True)
             sums = [builder.fadd(one, other, flags=_SUMS) for one, other in pairs]
-        _, total = _loop(builder, done, count, 1, sums, one)
+        _, total = loop(builder, done, count, 1, sums, one)
         _store(builder, total, out, _word(0))
         return context.get_dummy_value()
 

@@ -7,24 +7,22 @@ four tokens.
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .ahead import LINE, ask, ask_behind
+from .dots import dots
 from .half import BFLOAT16, FLOAT16, widened
+from .processor import WIDE
 
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
 # A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
-WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
 TILE = 8 if WIDE else 4  # tokens that share a reading of a panel
 _WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
-_LINE = 64  # bytes that come from memory at a time
-_CPU = binding.get_host_cpu_name()  # such as "znver4"
-_AMD = _CPU.startswith(("zn", "bd", "bt"))
-_ZEN_5 = _CPU.startswith("znver") and int(_CPU[5:] or 0) >= 5
 _SUMS = ("contract", "nsz", "reassoc")
 
 
@@ -32,43 +30,15 @@ def _one() -> Any:
     return ir.Constant(_WORD, 1)
 
 
-def _prefetch(builder: Any, address: Any, into: int) -> None:
-    """Ask for a line of memory, to be read from cache level `into`, and do not wait."""
-    kind = ir.FunctionType(ir.VoidType(), [_BYTES, *[ir.IntType(32)] * 3])
-    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    to_read, locality, data = (ir.Constant(ir.IntType(32), value) for value in (0, 4 - into, 1))
-    builder.call(instruction, [address, to_read, locality, data])
-
-
-def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
-    """What to ask for while weights are read in order.
-
-    Each is how many bytes ahead, into which cache, and once in how many lines: the second cache
-    takes lines in pairs, so that every other one is enough where reading waits for instructions
-    rather than for memory.
-
-    AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
-    follow the memory by themselves with one token, where asking disturbs them. Intel's look too few
-    lines ahead too, and stop at the end of a page. Other makers' are taken for Intel's, unmeasured.
-    """
-    if _ZEN_5:
-        return ((8192, 1, 1),)
-    if _AMD:
-        return () if tokens == 1 else ((1024, 1, 1),)
-    if bytes_each == 1:
-        return (2048, 1, 1), (8192, 2, 2)
-    return ((1024, 1, 1), (4096, 2, 2)) if tokens == 1 else ((2048, 1, 1), (8192, 2, 1))
-
-
 def _adder(tokens: int, shared: bool = False) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
-    Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype, int8 or
-    one of `half`'s two, what each column of w is multiplied by, [panels * PANEL], y [.., panels *
-    PANEL], the first row of x and y, the panel, and which of how many calls for this panel it is.
-    It asks for memory before it is needed: in the order it reads, see `_asks`; or, where a panel's
-    calls are several, for the next panel, a job that they share, so that memory is not idle while a
-    panel is used again.
+    Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype, int8, one of
+    `half`'s two, or with x and w in bytes as `dots` has them; what each column of w is multiplied
+    by, [panels * PANEL], y [.., panels * PANEL], the first row of x and y, the panel, and which of
+    how many calls for this panel it is. It asks for memory before it is needed: in the order it
+    reads, see `ahead`; or, where a panel's calls are several, for the next panel, a job that they
+    share, so that memory is not idle while a panel is used again.
     """
     # Sums that do not wait for each other: as many as the processor has under way at a time.
     chains = max(chains for chains in (1, 2, DEPTH) if chains == 1 or chains * tokens <= TILE)
@@ -85,6 +55,8 @@ def _adder(tokens: int, shared: bool = False) -> Any:
         tiles: Any,
     ) -> Any:
         signature = types.void(x, w, scale, y, *[types.int64] * 4)
+        if w.dtype == types.uint8:
+            return signature, dots(tokens, shared, PANEL)
         number = x.dtype.bitwidth // 8
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -138,16 +110,13 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                 at = builder.add(k, ir.Constant(_WORD, turn))
                 place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
                 if shared:
-                    soon = builder.gep(following_panel, [builder.mul(at, step)])
-                    _prefetch(builder, soon, into=2)
+                    ask(builder, builder.gep(following_panel, [builder.mul(at, step)]), level=2)
                 else:
                     here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
                     begin, of_turn = turn * PANEL * weight_bytes, PANEL * weight_bytes
-                    for line in range(-begin % _LINE, of_turn, _LINE):
-                        for ahead, level, every in _asks(tokens, weight_bytes):
-                            if (begin + line) // _LINE % every == 0:
-                                soon = builder.gep(here, [ir.Constant(_WORD, line + ahead)])
-                                _prefetch(builder, soon, into=level)
+                    for start in range(-begin % LINE, of_turn, LINE):
+                        at_line = builder.gep(here, [ir.Constant(_WORD, start)])
+                        ask_behind(builder, at_line, (begin + start) // LINE, tokens, weight_bytes)
                 loaded = load(weights, place, weight_bytes)
                 if w.dtype == types.int8:
                     loaded = builder.sitofp(loaded, vector)

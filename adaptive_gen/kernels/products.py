@@ -2,24 +2,28 @@
 
 from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numba.np.numpy_support import carray
 
 from . import team as words
-from .freshness import stamped
+from .dots import rounded
+from .freshness import compiled
 from .half import BFLOAT16, FLOAT16
 from .panels import ADDERS, PANEL, TILE, add_tile
-from .team import BFLOATS, BYTES, FLOATS, HALVES, MASK, bfloats_at, bytes_at, floats_at, halves_at
-
-# What may be reordered: sums. Nobody may assume that there is no nan and no infinity.
-_SUMS = {"contract", "reassoc", "nsz", "arcp"}
-
-
-def compiled(function: Any) -> Any:
-    """Compile a function, as all kernels are."""
-    return stamped(njit(function, fastmath=_SUMS, nogil=True, cache=True, error_model="numpy"))
-
+from .team import (
+    BFLOATS,
+    BYTES,
+    DOTS,
+    FLOATS,
+    HALVES,
+    MASK,
+    bfloats_at,
+    bytes_at,
+    floats_at,
+    halves_at,
+    unsigned_at,
+)
 
 add_one, add_two, add_three, add_four = ADDERS[:4]
 # With tiles of four the other names are needed too, for code that is never reached.
@@ -68,7 +72,7 @@ def _kind(x: Any, w: Any) -> Any:
 def _kind_of(x: Any, w: Any) -> Any:
     kind = -1
     if x.dtype == types.float32:
-        kinds = {types.float32: FLOATS, types.int8: BYTES}
+        kinds = {types.float32: FLOATS, types.int8: BYTES, types.uint8: DOTS}
         kinds |= {BFLOAT16: BFLOATS, FLOAT16: HALVES}
         kind = kinds.get(w.dtype, -1)
 
@@ -76,6 +80,22 @@ def _kind_of(x: Any, w: Any) -> Any:
         return kind
 
     return known
+
+
+def _states(x: Any, w: Any, tokens: int) -> Any:
+    """The states as they are multiplied with these weights."""
+    raise NotImplementedError
+
+
+@overload(_states, inline="always")
+def _states_for(x: Any, w: Any, tokens: int) -> Any:
+    def same(x: Any, w: Any, tokens: int) -> Any:
+        return x
+
+    def as_bytes(x: Any, w: Any, tokens: int) -> Any:
+        return rounded(x, w.shape[1], tokens)
+
+    return as_bytes if w.dtype == types.uint8 else same
 
 
 @compiled
@@ -87,26 +107,26 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
 
     Args:
         x: [.., in or more]; `in` is a multiple of `DEPTH`.
-        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, or int8,
-            or for x in float32 one of `half`'s two.
+        w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, int8,
+            uint8 as `dots` has it, or for x in float32 one of `half`'s two.
         scale: of each column, [panels * PANEL].
         y: [.., panels * PANEL].
         tokens: at least 1.
         team: who may help, see `team`.
         first: panel to begin with.
     """
-    kind, panels = _kind(x, w), w.shape[0]
+    kind, panels, states = _kind(x, w), w.shape[0], _states(x, w, tokens)
     panel_bytes = w.shape[1] * w.shape[2] * w.itemsize
     threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
     if kind < 0 or threads < 2 or not words.acquire(team, words.BUSY):
-        add_panels(x, w, scale, y, tokens, first, panels)
+        add_panels(states, w, scale, y, tokens, first, panels)
         return
     per_chunk = max(
         (panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // panel_bytes, 1
     )
     chunks = (panels - first + per_chunk - 1) // per_chunk
     job = team[words.JOB : words.JOB + words.JOB_WORDS]
-    job[words.X], job[words.X_WIDTH] = x.ctypes.data, x.shape[1]
+    job[words.X], job[words.X_WIDTH] = states.ctypes.data, states.shape[1]
     job[words.W], job[words.DEPTH_OF] = w.ctypes.data, w.shape[1]
     job[words.SCALE] = scale.ctypes.data
     job[words.Y], job[words.Y_WIDTH] = y.ctypes.data, y.shape[1]
@@ -119,7 +139,7 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         if index >= chunks:
             break
         start = first + index * per_chunk
-        add_panels(x, w, scale, y, tokens, start, min(start + per_chunk, panels))
+        add_panels(states, w, scale, y, tokens, start, min(start + per_chunk, panels))
         own += 1
     words.finish(team, chunks - own)
 
@@ -131,12 +151,17 @@ def help_product(team: Any, index: int) -> None:
     first, last, per_chunk = job[words.FIRST], job[words.LAST], job[words.PER_CHUNK]
     start = first + index * per_chunk
     stop, tokens, depth = min(start + per_chunk, last), job[words.TOKENS], job[words.DEPTH_OF]
-    x = carray(floats_at(job[words.X]), (tokens, job[words.X_WIDTH]))
+    width = job[words.X_WIDTH]
+    x = carray(floats_at(job[words.X]), (tokens, width))
     y = carray(floats_at(job[words.Y]), (tokens, job[words.Y_WIDTH]))
     scale = carray(floats_at(job[words.SCALE]), (last * PANEL,))
     if job[words.KIND] == FLOATS:
         w = carray(floats_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, w, scale, y, tokens, start, stop)
+    elif job[words.KIND] == DOTS:
+        states = carray(bytes_at(job[words.X]), (tokens, width))
+        stored = carray(unsigned_at(job[words.W]), (last, depth, PANEL))
+        add_panels(states, stored, scale, y, tokens, start, stop)
     elif job[words.KIND] == BFLOATS:
         bfloats = carray(bfloats_at(job[words.W]), (last, depth, PANEL))
         add_panels(x, bfloats, scale, y, tokens, start, stop)

@@ -37,8 +37,9 @@ PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strid
 JOB_WORDS = 20
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
-# Products with weights of four kinds, states and sums being float32 with all; and attention.
-FLOATS, BYTES, BFLOATS, HALVES, ATTENTION = range(5)
+# Products with weights of five kinds, sums being float32 with all, and states but with `dots`; and
+# attention.
+FLOATS, BYTES, DOTS, BFLOATS, HALVES, ATTENTION = range(6)
 
 HALF = 32
 MASK = (1 << HALF) - 1
@@ -146,54 +147,21 @@ def _yield(context: Any) -> Any:
     return types.void(), generate
 
 
-@_instructions
-def floats_at(context: Any, address: Any) -> Any:
-    """A pointer to float32."""
+def _pointer(kind: Any) -> Any:
+    """An intrinsic that makes an address, given as an int64, a pointer to numbers of a kind."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+    def at(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+        return types.CPointer(kind)(types.int64), generate
 
-
-@_instructions
-def integers_at(context: Any, address: Any) -> Any:
-    """A pointer to int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], _WORD.as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), generate
+    return _instructions(at)
 
 
-@_instructions
-def bytes_at(context: Any, address: Any) -> Any:
-    """A pointer to int8."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.int8)(types.int64), generate
-
-
-@_instructions
-def bfloats_at(context: Any, address: Any) -> Any:
-    """A pointer to the bits of bfloat16; see `half`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
-
-    return types.CPointer(types.uint16)(types.int64), generate
-
-
-@_instructions
-def halves_at(context: Any, address: Any) -> Any:
-    """A pointer to the bits of float16; see `half`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
-
-    return types.CPointer(types.int16)(types.int64), generate
+floats_at, integers_at = _pointer(types.float32), _pointer(types.int64)
+bytes_at, unsigned_at = _pointer(types.int8), _pointer(types.uint8)
+bfloats_at, halves_at = _pointer(types.uint16), _pointer(types.int16)  # bits, see `half`
 
 
 @kept
