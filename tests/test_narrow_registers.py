@@ -1,4 +1,4 @@
-"""The kernels as processors without AVX-512 get them: registers of eight, tiles of four."""
+"""The kernels as processors get them that lack what the newest have, with code of their own."""
 
 import os
 import subprocess
@@ -12,30 +12,41 @@ RUN = """
 import sys
 from llvmlite import binding
 
-known = binding.get_host_cpu_features
+known, hidden = binding.get_host_cpu_features, tuple(sys.argv[1].split(","))
 
 
-def without_avx512():
+def without():
     found = known()
-    found.update({name: False for name in found if name.startswith("avx512")})
+    found.update({name: False for name in found if name.startswith(hidden)})
     return found
 
 
-binding.get_host_cpu_features = without_avx512
+binding.get_host_cpu_features = without
 import pytest
-from adaptive_gen.kernels import lanes, panels
+from adaptive_gen.kernels import lanes, panels, processor
 
-assert (lanes.LANES, panels.TILE) == (8, 4)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+if "avx512" in hidden:
+    assert (lanes.LANES, panels.TILE) == (8, 4)
+if "avx512vnni" in hidden or "avxvnni" in hidden:
+    assert not processor.DOTS
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
 
 @pytest.mark.slow
-def test_registers_of_eight_give_the_same(tmp_path):
+@pytest.mark.parametrize(
+    ("hidden", "files"),
+    [
+        ("avx512", ["test_attending.py", "test_compiled.py"]),
+        ("avx512,avxvnni", ["test_compiled.py"]),
+        ("avx512vnni,avxvnni", ["test_compiled.py"]),
+    ],
+    ids=["registers of eight", "the same without dots of bytes", "no dots of bytes"],
+)
+def test_they_give_the_same(hidden, files, tmp_path):
     """Code for them is compiled anew, and kept apart."""
-    files = [str(TESTS / name) for name in ("test_attending.py", "test_compiled.py")]
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, *files],
+        [sys.executable, "-c", RUN, hidden, *(str(TESTS / name) for name in files)],
         env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
         cwd=TESTS.parent,
         capture_output=True,
