@@ -78,7 +78,7 @@ def test_no_logit_is_off_by_more_than_it_is_doubted(screened):
     for states in hidden_states(of, 20 * ROWS).split(ROWS):
         screen.look(states.numpy(), desk)
         off = np.abs(desk[4] - of(states).numpy())
-        assert (off <= doubt).all()
+        assert (off.reshape(ROWS, len(doubt), -1).max(-1) <= doubt).all()
         assert off.max() > 0, "the screen is not the head itself"
 
 

@@ -79,7 +79,7 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
         steps.append(rounded.steps)
         scales.append(rounded.scale)
     doubt = torch.cat(doubts)
-    doubt = F.pad(doubt, (0, padding(len(doubt))))
+    doubt = F.pad(doubt, (0, padding(len(doubt)))).view(-1, PANEL).amax(1)
     powers = (part.numpy() for part in (doubt, doubt.exp(), (-doubt).exp()))
     return *in_panels(Int8Matrix(torch.cat(steps), torch.cat(scales)), like), *powers
 

@@ -2,19 +2,20 @@
 
 A check wants to know which token is likeliest and whether it is likely enough; full depth, only the
 first. Most of the head has no say in either. So all logits are first worked out from the head in 8
-bits, the *screen*, a quarter of the memory; how far each can be off is known, for a product with a
-vector of length at most 1 errs by no more than the length of the column's own error. Then just the
-panels that may hold the largest logits are multiplied as they are, and more of them, those with the
-most probability first, while a threshold lies between what the confidence is at least and at most.
-The token and whether it leaves are those of the whole head.
+bits, the *screen*, a quarter of the memory. How far each can be off is known, for a product with a
+vector of length at most 1 errs by no more than the length of the column's own error; a panel counts
+as off by as much as any of its columns. Then just the panels that may hold the largest logits are
+multiplied as they are, and more of them, those with the most probability first, while a threshold
+lies between what the confidence is at least and at most. The token and whether it leaves are those
+of the whole head.
 
 - `head`: panels, scale and floor of `cpu.read_out`, normed [rows, hidden], logits [rows, vocab in
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL], int8,
-  no panels at all where there is no screen; and of each column, [vocab in whole panels], the scale,
-  by how much a logit may be off, and e to the power of plus and of minus that; then whether a panel
-  is known exactly, [panels], and room for the PANEL best logits. Who helps, see `team`. At last the
-  gain that is folded into the screen and not into the panels, see `cpu.apply_gain`, and the normed
-  states times it: the very same as normed where there is none.
+  no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by how
+  much any logit of a panel may be off, and e to the power of plus and of minus that; then whether a
+  panel is known exactly, [panels] each, and room for PANEL numbers. Who helps, see `team`. At last
+  the gain that is folded into the screen and not into the panels, see `cpu.apply_gain`, and the
+  normed states times it: the very same as normed where there is none.
 - `row`: of the normed states and of the logits.
 """
 
@@ -59,10 +60,9 @@ def _bar(row: int, head: Any) -> Any:
     exact[:] = False
     best[:] = -math.inf
     for panel in range(len(exact)):
-        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
-        off = doubt[PANEL * panel : PANEL * (panel + 1)]
+        at, off = logits[row, PANEL * panel : PANEL * (panel + 1)], doubt[panel]
         for lane in range(PANEL):
-            least = at[lane] - off[lane]
+            least = at[lane] - off
             best[lane] = least if least > best[lane] else best[lane]
     top = second = best.dtype.type(-math.inf)
     for lane in range(PANEL):
@@ -80,11 +80,10 @@ def _sharpen(row: int, bar: float, head: Any) -> None:
     for panel in range(len(exact)):
         if exact[panel]:
             continue
-        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
-        off = doubt[PANEL * panel : PANEL * (panel + 1)]
+        at, off = logits[row, PANEL * panel : PANEL * (panel + 1)], doubt[panel]
         reach = 0
         for lane in range(PANEL):
-            reach += at[lane] + off[lane] >= bar
+            reach += at[lane] + off >= bar
         if reach:
             at[:] = 0
             add_one(gained, panels, scale, logits, row, panel, 0, 1)
@@ -122,34 +121,18 @@ def token_of(row: int, head: Any) -> int:
 
 
 @compiled
-def _sums(at: Any, grow: Any, shrink: Any, top: Any) -> Any:
-    """Sums of e to the power of logits below the top: at most, and at least."""
-    most = least = top * 0
-    for n in range(len(at)):
-        share = exp(at[n] - top)
-        most += share * grow[n]
-        least += share * shrink[n]
-    return most, least
-
-
-@compiled
 def _mass(row: int, top: Any, head: Any) -> Any:
     """The sum over all tokens of exp(logit - top): at most, and at least."""
-    logits, (_, _, _, grow, shrink, exact, _) = head[4], head[6]
+    logits, (_, _, _, grow, shrink, exact, lanes) = head[4], head[6]
+    one = lanes.dtype.type(1)
     most = least = top * 0
-    start = 0
-    for panel in range(len(exact) + 1):
-        end = PANEL * panel
-        if panel < len(exact) and not exact[panel]:
-            continue
-        more, less = _sums(logits[row, start:end], grow[start:end], shrink[start:end], top)
-        most, least = most + more, least + less
-        start = end + PANEL
-        if panel < len(exact):
-            for n in range(end, start):
-                share = exp(logits[row, n] - top)
-                most += share
-                least += share
+    for panel in range(len(exact)):
+        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
+        share = top * 0
+        for lane in range(PANEL):
+            share += exp(at[lane] - top)
+        most += share * (one if exact[panel] else grow[panel])
+        least += share * (one if exact[panel] else shrink[panel])
     return most, least
 
 
