@@ -137,10 +137,11 @@ class AdaptiveMixin(_CausalLM):
 
 def _widened(dtype: torch.dtype) -> str:
     """What a user of a checkpoint in half precision is told."""
+    name = str(dtype).removeprefix("torch.")
     return (
-        f"the weights are {dtype} and are read as they are, but hidden states are float32: where "
-        f"two tokens are as likely but for {str(dtype).removeprefix('torch.')}'s rounding, the "
-        "text may differ from transformers'. wrap(engine='module') rounds as transformers does."
+        f"the weights are {name} and are read as they are, with hidden states in float32: where "
+        f"two tokens are as likely but for {name}'s rounding, the text may differ from "
+        "transformers'. wrap(engine='module') rounds as transformers does."
     )
 
 

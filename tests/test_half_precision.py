@@ -265,8 +265,8 @@ def test_the_difference_to_half_precision_is_said_once_and_can_be_had_without(ti
         model = adaptive_gen.wrap(tiny_llama().bfloat16(), [2, 4])
         generated(model, threshold=1.0), generated(model, threshold=1.0)
     assert [r.getMessage() for r in caplog.records if "engine='module'" in r.getMessage()] == [
-        "the weights are torch.bfloat16 and are read as they are, but hidden states are float32: "
-        "where two tokens are as likely but for bfloat16's rounding, the text may differ from "
+        "the weights are bfloat16 and are read as they are, with hidden states in float32: where "
+        "two tokens are as likely but for bfloat16's rounding, the text may differ from "
         "transformers'. wrap(engine='module') rounds as transformers does."
     ]
     caplog.clear()
