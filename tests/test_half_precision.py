@@ -1,6 +1,7 @@
 """Checkpoints in bfloat16 and float16 on CPUs: their weights as they are, hidden states in float32.
 
-What they generate is what their float32 copies generate, the same numbers in twice the memory.
+What they generate is what their float32 copies generate, the same numbers in twice the memory, but
+after prompts that are long enough to run through their own layers.
 """
 
 import logging
@@ -18,6 +19,7 @@ from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled import MOST_ROWS
 from adaptive_gen.engine.fusing import fuse, narrow_readout, narrowed
 from adaptive_gen.engine.int8 import MATRICES
+from adaptive_gen.engine.rules import QUEUE_CAP
 from adaptive_gen.errors import ModelError
 from adaptive_gen.exit_readouts import add_readouts
 from adaptive_gen.gate import Gate
@@ -162,15 +164,31 @@ def test_a_block_too_long_for_kernels_runs_through_the_models_own_layers(tiny_ll
 
 @either
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
-def test_a_long_prompt_is_decoded_from_the_models_own_keys(tiny_llama, dtype, kv):
-    """The first token after it is that of the model itself, whose layers ran the prompt."""
-    model = tiny_llama().to(dtype)
+def test_a_long_prompt_leaves_the_keys_and_values_of_the_models_own_layers(tiny_llama, dtype, kv):
+    """To the bit: it ran there, and tokens decoded afterwards see what it left."""
+    model = adaptive_gen.wrap(tiny_llama().to(dtype), exit_layers=[2, 4])
     prompt = torch.randint(3, 200, (1, 130))
-    own = model.generate(prompt, max_new_tokens=1, do_sample=False)
-    model = adaptive_gen.wrap(model, exit_layers=[2, 4])
     found, _, out = generated(model, prompt, threshold=0.3, kv=kv)
     assert out.report.engine == "compiled" and len(found[1][0]) == 40
-    assert out.sequences[0, 130] == own[0, 130]
+    decoder, own = state(model).decoder, KVCache(6)
+    with torch.no_grad():
+        decoder.run(decoder.embed(prompt), 0, 6, own)
+    for layer in range(6):
+        ours = out.past_key_values._scheduler.cache.keys_values(layer)
+        for one, other in zip(ours, own.keys_values(layer), strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one[:, :, :130], other.float())
+
+
+def test_what_waits_is_caught_up_by_kernels_and_not_in_bfloat16(tiny_llama):
+    """A full queue and the newest token are more tokens than a prompt that kernels run best."""
+    outs = []
+    for model in two_of(tiny_llama, torch.bfloat16):
+        settings = {"threshold": 0.0, "confidence": "margin", "repetition_penalty": 1.01}
+        found, _, out = generated(model, max_new_tokens=60, **settings)
+        outs.append(found)
+        assert out.report.caught_up > QUEUE_CAP
+    assert outs[0] == outs[1]
 
 
 @either
@@ -250,6 +268,12 @@ def fuse_reason(model):
     backend.segments([2, 6])
     assert backend.name == "module"
     return backend.reason
+
+
+def test_a_calibration_made_on_the_models_own_layers_keeps_to_them(tiny_llama):
+    backend = Backend(Decoder(tiny_llama().bfloat16().eval()), measured_on="module")
+    backend.segments([2, 6])
+    assert (backend.name, backend.reason) == ("module", "the calibration was made on it")
 
 
 def test_fused_says_how_to_load_what_it_can_run(tiny_llama):

@@ -27,8 +27,7 @@ from adaptive_gen.kernels import lanes, panels, processor
 
 if "avx512" in hidden:
     assert (lanes.LANES, panels.TILE) == (8, 4)
-if "avx512vnni" in hidden or "avxvnni" in hidden:
-    assert not processor.DOTS
+assert processor.DOTS == (hidden == ("avx512",) and bool(known().get("avxvnni")))
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
@@ -38,10 +37,10 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
     ("hidden", "files"),
     [
         ("avx512", ["test_attending.py", "test_compiled.py"]),
-        ("avx512,avxvnni", ["test_compiled.py"]),
-        ("avx512vnni,avxvnni", ["test_compiled.py"]),
+        ("avx512,avxvnni", ["test_compiled.py", "test_screen.py", "test_team.py"]),
+        ("avx512vnni,avxvnni,f16c", ["test_compiled.py", "test_team.py"]),
     ],
-    ids=["registers of eight", "the same without dots of bytes", "no dots of bytes"],
+    ids=["registers of eight", "the same without dots of bytes", "no dots of bytes, no float16"],
 )
 def test_they_give_the_same(hidden, files, tmp_path):
     """Code for them is compiled anew, and kept apart."""

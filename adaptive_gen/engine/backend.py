@@ -13,7 +13,7 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledSegment, NarrowSegment, most_tokens, prepared
+from .compiled import CompiledSegment, NarrowSegment, longest, most_tokens, prepared
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
@@ -23,7 +23,7 @@ from .graphs import GraphReadout, Graphs, SummedConfidences
 from .int8 import quantised, quantised_readout
 from .machine_code import compiling
 from .narrow import BITS
-from .panelled import CompiledModel
+from .panelled import CompiledModel, missing
 from .recorder import Direct
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
@@ -114,7 +114,8 @@ class Backend:
             )
         self.decoder, self.engine, self.weights = decoder, engine, weights
         measured_on = measured_on.removesuffix("-int8")
-        self._kept = measured_on if engine == "auto" and measured_on in TRIED["auto"] else ""
+        keeps = engine == "auto" and measured_on in (*TRIED["auto"], "module")
+        self._kept = measured_on if keeps else ""
         self.name, self.reason = "module", ""
         self._signatures: dict[str, Any] = {}
         self._causes: dict[str, str] = {}
@@ -161,8 +162,11 @@ class Backend:
             self.name += "-int8"
         if compiled is None:
             return segments
-        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens(self._fused))
-        return [CompiledSegment(compiled, segment, desk) for segment in segments]
+        desk, most = (
+            Desk(self._fused.sizes, self._fused.qk_floor, most_tokens()),
+            longest(self._fused),
+        )
+        return [CompiledSegment(compiled, segment, desk, most) for segment in segments]
 
     def _long_segments(self, model: FusedModel, exit_layers: Sequence[int]) -> list[Segment]:
         """What runs blocks of many tokens."""
@@ -307,6 +311,8 @@ class Backend:
             tried = (self._kept, *(name for name in tried if name != self._kept))
         if not tried:
             return "module", "engine='module' was asked for"
+        if self._kept == "module" and self.weights == "own":
+            return "module", "the calibration was made on it"
         common = self._unfit()
         if common:
             return "module", common
@@ -339,7 +345,7 @@ class Backend:
 
     def _unfit_for_compiled(self) -> str:
         """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
-        reason = self._unprepared()
+        reason = missing(self.decoder.dtype) or self._unprepared()
         if reason:
             return reason
         # Which way is quicker depends on how many threads each has.
@@ -355,10 +361,9 @@ class Backend:
         return self._causes["compiled"]
 
     def _unfit_for_fused(self) -> str:
-        reason = self._unprepared()
-        if not reason and self._fused is not None and self._fused.narrow:
+        if self.weights == "own" and self.decoder.dtype in BITS:
             return f"it is {self.decoder.dtype}; dtype=torch.float32 loads it as fused needs it"
-        return reason
+        return self._unprepared()
 
     def _unprepared(self) -> str:
         """Why the layers cannot be prepared for other ways to run them than their own."""

@@ -19,6 +19,7 @@ from .desk import Desk
 from .fused import FusedModel, FusedSegment
 from .machine_code import compiling, kernel
 from .panelled import CompiledModel, unfit
+from .rules import QUEUE_CAP
 from .segment import ModuleSegment, Segment
 from .team import threads
 from .workspace import Workspace
@@ -39,6 +40,7 @@ class CompiledSegment:
     model: CompiledModel
     long: Segment  # the same layers, for blocks of many tokens
     desk: Desk  # shared by the segments of one generation
+    longest: int  # tokens of a row that are not yet many, if the desk has room for those of all
 
     @property
     def start(self) -> int:
@@ -53,7 +55,7 @@ class CompiledSegment:
     def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        if sum(span.counts) > self.desk.room:
+        if self._is_long(span):
             return self.long.run(hidden, cache, span)
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
@@ -81,7 +83,7 @@ class CompiledSegment:
     def store(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> None:
         """K/V of a block for all layers."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        if sum(span.counts) > self.desk.room:
+        if self._is_long(span):
             return self.long.store(hidden, cache, span)
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
@@ -100,6 +102,9 @@ class CompiledSegment:
             model.fused.sizes.heads,
             desk.buffers(span.stop),
         )
+
+    def _is_long(self, span: Span) -> bool:
+        return sum(span.counts) > self.desk.room or span.time > self.longest
 
     def _begin(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
         """Lay the block out for the kernels; returns the cache's memory."""
@@ -136,14 +141,19 @@ class NarrowSegment(ModuleSegment):
         return hidden.to(self.decoder.dtype)
 
 
-def most_tokens(model: FusedModel) -> int:
-    """How many tokens of a block the kernels run sooner than general products.
-
-    In bfloat16, torch's products of many tokens are quicker than the kernels', which are float32.
-    """
-    if model.narrow and model.decoder.dtype == torch.bfloat16:
-        return MOST_ROWS
+def most_tokens() -> int:
+    """How many tokens of a block the kernels run sooner than general products."""
     return max(MOST_ROWS, MOST_TOKENS * threads() // max(torch.get_num_threads(), threads()))
+
+
+def longest(model: FusedModel) -> int:
+    """How many tokens of a row the kernels run, if a block has room for those of all rows.
+
+    In bfloat16 torch's products of many tokens are quicker than the kernels', which are float32.
+    But what waits in front of a segment, or of two, has to be computed as it is one by one.
+    """
+    narrow = model.narrow and model.decoder.dtype == torch.bfloat16
+    return 1 + 2 * QUEUE_CAP if narrow else most_tokens()
 
 
 def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None, str, float]:
@@ -189,7 +199,7 @@ def _ways(model: CompiledModel) -> list[Callable[[], object]]:
         long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes))
     hidden = like.new_ones(1, 1, fused.sizes.hidden)
     caches = KVCache(n_layers), KVCache(n_layers)
-    short = CompiledSegment(model, long, Desk(fused.sizes, like, room=1))
+    short = CompiledSegment(model, long, Desk(fused.sizes, like, room=1), longest=1)
     return [lambda: short.run(hidden, caches[0]), lambda: long.run(hidden, caches[1])]
 
 

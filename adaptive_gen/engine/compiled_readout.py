@@ -74,8 +74,12 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     steps, scales, doubts = [], [], []
     for part in _columns(head):
         rounded = Int8Matrix.of(part)
-        lost = torch.linalg.vector_norm(part - rounded.float().to(part.dtype), dim=0)
-        doubts.append(lost + _share_lost(part) * torch.linalg.vector_norm(part, dim=0))
+        stored = rounded.float().to(part.dtype)
+        lost = torch.linalg.vector_norm(part - stored, dim=0)
+        longer = torch.linalg.vector_norm(part, dim=0).maximum(
+            torch.linalg.vector_norm(stored, dim=0)
+        )
+        doubts.append(lost + _share_lost(part) * longer)
         steps.append(rounded.steps)
         scales.append(rounded.scale)
     doubt = torch.cat(doubts)

@@ -27,7 +27,10 @@ Matrix = Tensor | Int8Matrix | NarrowMatrix
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights, as [in, out] matrices with the norm gains folded in."""
+    """One decoder layer's weights, as [in, out] matrices with the norm gains.
+
+    The gains are folded in, but for a `NarrowMatrix`.
+    """
 
     qkv: Matrix  # [hidden, (heads + 2 kv_heads) * head_dim]
     qkv_bias: Tensor | None
@@ -43,7 +46,7 @@ class FusedModel:
     """Prepared copies of a decoder's layers.
 
     A root-mean-square norm is `x / sqrt(|x|^2 + size * eps)` times the square root of the size,
-    which is folded into the weights with the gain. Queries and keys have the two coordinates that a
+    which goes with the gain. Queries and keys have the two coordinates that a
     rotary embedding turns together side by side, as one complex number.
     """
 

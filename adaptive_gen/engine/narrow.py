@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# As what kernels take their bits; see `kernels.half`.
+# What kernels take the bits of each for; see `kernels.half`.
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 

@@ -24,16 +24,21 @@ PANEL, DEPTH = 16, 4  # of `kernels.panels`, which needs numba
 _LINE = 64  # bytes that a cache holds together
 
 
-def unfit(model: FusedModel) -> str:
-    """Why a prepared model cannot be run by compiled code; empty if it can."""
+def missing(dtype: torch.dtype) -> str:
+    """What this machine lacks for compiled code that runs a model of a dtype; empty if nothing."""
     if find_spec("numba") is None:
         return "numba is not installed"
+    if dtype == torch.float16 and not kernel("processor").CONVERTS_FLOAT16:
+        return "this processor cannot convert float16"
+    return ""
+
+
+def unfit(model: FusedModel) -> str:
+    """Why a prepared model cannot be run by compiled code; empty if it can."""
     sizes = model.sizes
     widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
     if any(width % DEPTH for width in widths):
         return f"its widths {widths} are no multiples of {DEPTH}"
-    if model.decoder.dtype == torch.float16 and not kernel("processor").CONVERTS_FLOAT16:
-        return "this processor cannot convert float16"
     return ""
 
 

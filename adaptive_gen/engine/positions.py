@@ -51,8 +51,8 @@ class Positions:
         rope_types = set(rope.values()) if isinstance(rope, dict) else {rope}
         # Whether one table of rotary embeddings serves texts of any length.
         self.tabled = rope_types <= _STATIC_ROPE
-        self._table: Block | None = None
-        self._turns: tuple[Block, Tensor] | None = None  # a table, and it as complex numbers
+        self._tables: dict[Any, Block] = {}  # by dtype and device
+        self._turns: dict[Any, tuple[Block, Tensor]] = {}  # a table, and it as complex numbers
 
     def block(self, hidden: Tensor, where: Span | int) -> Block:
         """Positions, rotary embeddings and masks for a block.
@@ -84,10 +84,11 @@ class Positions:
         """
         if not self.tabled:
             return _as_complex(*self._embed(hidden, where.positions(hidden.device))[self.types[0]])
-        table = self._grown_table(hidden, where.stop)
-        if self._turns is None or self._turns[0] is not table:
-            self._turns = table, _as_complex(*table.embeddings[self.types[0]])
-        turns = self._turns[1]
+        table, kind = self._grown_table(hidden, where.stop), (hidden.dtype, hidden.device)
+        known, turns = self._turns.get(kind, (None, hidden))
+        if known is not table:
+            turns = _as_complex(*table.embeddings[self.types[0]])
+            self._turns[kind] = table, turns
         if where.even:
             return turns[:, where.starts[0] : where.stop]
         return turns[0, where.positions(hidden.device)]
@@ -114,13 +115,12 @@ class Positions:
 
     def _grown_table(self, hidden: Tensor, length: int) -> Block:
         """Rotary embeddings of all positions up to `length` and some more, computed once."""
-        table = self._table
+        table = self._tables.get((hidden.dtype, hidden.device))
         if table is not None and table.position_ids.shape[1] >= length:
-            cos = table.embeddings[self.types[0]][0]
-            if cos.dtype == hidden.dtype and cos.device == hidden.device:
-                return table
+            return table
         ids = torch.arange(max(256, 1 << length.bit_length()), device=hidden.device)[None]
-        self._table = table = Block(ids, self._embed(hidden, ids), {})
+        table = Block(ids, self._embed(hidden, ids), {})
+        self._tables[hidden.dtype, hidden.device] = table
         return table
 
     def _mask(

@@ -5,8 +5,8 @@ longer. Two things do in a framework: calling a dozen operations per layer, and 
 eight rows, which general libraries pack for throughput. Here a run of layers is one call, and the
 weights lie as they are read: in panels of 16 columns, whose sums stay in registers.
 
-Everything works on numpy arrays of one float dtype. Axes: `tokens`, `hidden`, `heads`, `kv_heads`,
-`head_dim`, `layers`, `panels`.
+Everything works on numpy arrays of one float dtype, but for weights (see `products.add_product`).
+Axes: `tokens`, `hidden`, `heads`, `kv_heads`, `head_dim`, `layers`, `panels`.
 """
 
 from typing import Any
@@ -158,7 +158,7 @@ def run_layers(
             in order; each sees those before it and the row's in the cache.
         turns: [tokens, head_dim / 2, 2], cos and sin at each token's position.
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
-        weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL].
+        weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL]; see `add_product`.
         scales: of their columns, each [layers, panels * PANEL].
         biases: of qkv and out, each [layers, out]; gains of queries and keys, [layers, heads +
             kv_heads, head_dim]; and gains of hidden states before qkv and before gate and up,

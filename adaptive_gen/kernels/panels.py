@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from .ahead import LINE, ask, ask_behind
 from .dots import dots
 from .half import BFLOAT16, FLOAT16, widened
-from .processor import WIDE
+from .processor import CONVERTS_FLOAT16, DOTS, WIDE
 
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
@@ -28,6 +28,11 @@ _SUMS = ("contract", "nsz", "reassoc")
 
 def _one() -> Any:
     return ir.Constant(_WORD, 1)
+
+
+def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """What helpers get for weights that there are none of: this processor lacks the instruction."""
+    return context.get_dummy_value()
 
 
 def _adder(tokens: int, shared: bool = False) -> Any:
@@ -55,6 +60,8 @@ def _adder(tokens: int, shared: bool = False) -> Any:
         tiles: Any,
     ) -> Any:
         signature = types.void(x, w, scale, y, *[types.int64] * 4)
+        if (w.dtype == types.uint8 and not DOTS) or (w.dtype == FLOAT16 and not CONVERTS_FLOAT16):
+            return signature, _nothing
         if w.dtype == types.uint8:
             return signature, dots(tokens, shared, PANEL)
         number = x.dtype.bitwidth // 8

@@ -2,20 +2,20 @@
 
 A check wants to know which token is likeliest and whether it is likely enough; full depth, only the
 first. Most of the head has no say in either. So all logits are first worked out from the head in 8
-bits, the *screen*, a quarter of the memory. How far each can be off is known, for a product with a
-vector of length at most 1 errs by no more than the length of the column's own error; a panel counts
-as off by as much as any of its columns. Then just the panels that may hold the largest logits are
-multiplied as they are, and more of them, those with the most probability first, while a threshold
-lies between what the confidence is at least and at most. The token and whether it leaves are those
-of the whole head.
+bits, the *screen*, a quarter of the memory of float32. How far each can be off is known, for a
+product with a vector of length at most 1 errs by no more than the length of the column's own error;
+a panel counts as off by as much as any of its columns. Then just the panels that may hold the
+largest logits are multiplied as they are, and more of them, those with the most probability first,
+while a threshold lies between what the confidence is at least and at most. The token and whether it
+leaves are those of the whole head.
 
 - `head`: panels, scale and floor of `cpu.read_out`, normed [rows, hidden], logits [rows, vocab in
-  whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL], int8,
-  no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by how
-  much any logit of a panel may be off, and e to the power of plus and of minus that; then whether a
-  panel is known exactly, [panels] each, and room for PANEL numbers. Who helps, see `team`. At last
-  the gain that is folded into the screen and not into the panels, see `cpu.apply_gain`, and the
-  normed states times it: the very same as normed where there is none.
+  whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL] in 8
+  bits, no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by
+  how much any logit of a panel may be off, and e to the power of plus and of minus that; then
+  whether a panel is known exactly, [panels] each, and room for PANEL numbers. Who helps, see
+  `team`. At last the gain that is folded into the screen and not into the panels, see
+  `cpu.apply_gain`, and the normed states times it: the very same as normed where there is none.
 - `row`: of the normed states and of the logits.
 """
 

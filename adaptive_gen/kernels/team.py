@@ -37,7 +37,7 @@ PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strid
 JOB_WORDS = 20
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
-# Products with weights of five kinds, sums being float32 with all, and states but with `dots`; and
+# Products with weights of five kinds, whose sums are float32, and whose states but with `dots`; and
 # attention.
 FLOATS, BYTES, DOTS, BFLOATS, HALVES, ATTENTION = range(6)
 
