@@ -115,20 +115,31 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         team: who may help, see `team`.
         first: panel to begin with.
     """
+    kind, panels = _kind(x, w), w.shape[0]
+    panel_bytes = w.shape[1] * w.shape[2] * w.itemsize
+    threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
     # What helpers read is held here until they are done: a function frees its own after last use.
     states = _states(x, w, tokens)
-    if not _shared(_kind(x, w), states, w, scale, y, tokens, team, first):
-        add_panels(states, w, scale, y, tokens, first, w.shape[0])
+    alone = kind < 0 or threads < 2
+    if alone or not _shared(kind, threads, states, w, scale, y, tokens, team, first):
+        add_panels(states, w, scale, y, tokens, first, panels)
 
 
 @compiled
 def _shared(
-    kind: int, states: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int
+    kind: int,
+    threads: int,
+    states: Any,
+    w: Any,
+    scale: Any,
+    y: Any,
+    tokens: int,
+    team: Any,
+    first: int,
 ) -> bool:
-    """Do the product with helpers, if there are any and it is worth it; whether it is done."""
+    """Do the product in several threads, unless they share something else; whether it is done."""
     panels, panel_bytes = w.shape[0], w.shape[1] * w.shape[2] * w.itemsize
-    threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
-    if kind < 0 or threads < 2 or not words.acquire(team, words.BUSY):
+    if not words.acquire(team, words.BUSY):
         return False
     per_chunk = max(
         (panels - first) // (words.SHARES * threads), words.CHUNK_BYTES // panel_bytes, 1
