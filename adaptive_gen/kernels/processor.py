@@ -4,6 +4,7 @@ Its user may keep features from it: NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, NUMBA_EN
 """
 
 import platform
+import re
 
 from llvmlite import binding
 from numba.core import codegen, config
@@ -18,7 +19,8 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 NAME = binding.get_host_cpu_name()  # such as "znver4"
 AMD = NAME.startswith(("zn", "bd", "bt"))
-ZEN_5 = NAME.startswith("znver") and int(NAME[5:] or 0) >= 5  # or a later one
+_ZEN = re.fullmatch(r"znver(\d+)", NAME)
+ZEN_5 = _ZEN is not None and int(_ZEN[1]) >= 5  # or a later one
 WIDE = "avx512f" in _FEATURES  # registers of 16 float32, and 32 of them
 LANES = 16 if WIDE else 8  # float32 of a register
 # Whether it adds up products of bytes, four at a time, in one instruction (VNNI).
