@@ -218,6 +218,7 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     made = narrow_readout(norm, head)
     of, states = compiled_readout.CompiledReadout(made), 2 * torch.randn(60, 3, norm.weight.numel())
     desk, index = of.with_room(3), screen.MEASURES.index(measure)
+    torch.testing.assert_close(of(states[0]), made(states[0]))
     expected = torch.nn.functional.linear(norm.float()(states), head.weight.float())
     for some, logits in zip(states, expected, strict=True):
         tokens = logits.argmax(-1).tolist()

@@ -162,10 +162,8 @@ class Backend:
             self.name += "-int8"
         if compiled is None:
             return segments
-        desk, most = (
-            Desk(self._fused.sizes, self._fused.qk_floor, most_tokens()),
-            longest(self._fused),
-        )
+        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
+        most = longest(self._fused)
         return [CompiledSegment(compiled, segment, desk, most) for segment in segments]
 
     def _long_segments(self, model: FusedModel, exit_layers: Sequence[int]) -> list[Segment]:
