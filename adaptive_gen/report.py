@@ -70,8 +70,9 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
     """What `generate(adaptive=True, return_dict_in_generate=True)` returns.
 
     Besides transformers' fields: `exit_layers` [batch, new] int64 (0 behind a row's end),
-    `confidences` [batch, new] float32 (nan where full depth decided unasked; to 0.005 of the raw
-    measure where the back end `compiled` screened the LM head) and `report`.
+    `confidences` [batch, new] float32 (nan where full depth decided unasked; where the back end
+    `compiled` screened the LM head, the raw measure is known to 0.05, as a rule to 0.005) and
+    `report`.
     """
 
     exit_layers: Tensor | None = None

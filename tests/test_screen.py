@@ -53,7 +53,7 @@ def test_the_token_is_that_of_the_whole_head(vocab, dtype, screened):
 def test_the_same_tokens_leave_as_with_the_whole_head(measure, screened):
     """At thresholds far from a confidence and a thousandth above and below it."""
     torch.manual_seed(1)
-    of, left = readout(500, scale=1.0), 0
+    of, off = readout(500, scale=1.0), []
     desk, index = of.with_room(ROWS), screen.MEASURES.index(measure)
     for states in hidden_states(of, 40 * ROWS).split(ROWS):
         logits = of(states)
@@ -65,9 +65,10 @@ def test_the_same_tokens_leave_as_with_the_whole_head(measure, screened):
             leaves = exact[row] >= least
             assert token == (int(logits[row].argmax()) if leaves else -1)
             if leaves:
-                assert raw == pytest.approx(exact[row], abs=screen.WIDTH / 2 + 1e-6)
-            left += leaves
-    assert left > 100
+                off.append(abs(raw - exact[row]))
+    assert len(off) > 100
+    assert max(off) <= screen.WIDTH / 2 + 1e-6
+    assert np.quantile(off, 0.9) <= screen.WIDTH / 20
 
 
 def test_no_logit_is_off_by_more_than_it_is_doubted(screened):

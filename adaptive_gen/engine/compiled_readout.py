@@ -58,7 +58,7 @@ class CompiledReadout:
         normed = np.zeros((rows, self.panels.shape[1]), dtype)
         gained = np.zeros_like(normed) if len(self._gain) else normed
         logits = np.zeros((rows, panels * PANEL), dtype)
-        screen = *self._screen, np.zeros(panels, np.bool_), np.zeros(PANEL, dtype)
+        screen = *self._screen, np.zeros(panels, np.bool_)
         head = self.panels, self.scale, self.floor, normed, logits, self.vocab, screen
         return *head, self._team(), self._gain, gained
 

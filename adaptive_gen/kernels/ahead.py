@@ -6,6 +6,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .processor import AMD, ZEN_5
+from .vectors import word
 
 LINE = 64  # bytes that come from memory at a time
 _BYTES = ir.IntType(8).as_pointer()
@@ -31,7 +32,7 @@ def ask_behind(builder: Any, here: Any, line: int, tokens: int, bytes_each: int)
     """
     for distance, level, every in _asks(tokens, bytes_each):
         if line % every == 0:
-            ask(builder, builder.gep(here, [ir.Constant(ir.IntType(64), distance)]), level)
+            ask(builder, builder.gep(here, [word(distance)]), level)
 
 
 def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:

@@ -16,6 +16,7 @@ import numpy as np
 from .attending import attend
 from .exponential import exp
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
+from .logits import two_largest
 from .panels import PANEL
 from .products import add_product, compiled
 
@@ -252,28 +253,14 @@ def read_out(
 
 
 @compiled
-def two_largest(row: Any) -> Any:
-    """The largest of some numbers and the second, which may be as large.
-
-    They are found in those of each of PANEL lanes, which is as quick as a sum.
-    """
-    least = row.dtype.type(-np.inf)
-    lanes = np.full((2, PANEL), least, row.dtype)
-    best, next_best = lanes
-    whole = row.shape[0] // PANEL * PANEL
-    for start in range(0, whole, PANEL):
-        at = row[start : start + PANEL]
-        for lane in range(PANEL):
-            lower = at[lane] if at[lane] < best[lane] else best[lane]
-            next_best[lane] = lower if lower > next_best[lane] else next_best[lane]
-            best[lane] = at[lane] if at[lane] > best[lane] else best[lane]
-    top = second = least
-    for numbers in (lanes[0], lanes[1], row[whole:]):
-        for number in numbers:
-            if number > top:
-                top, second = number, top
-            elif number > second:
-                second = number
+def best_two(row: Any) -> Any:
+    """The largest of some numbers and the second, which may be as large."""
+    top, second = two_largest(row)
+    for number in row[row.shape[0] // PANEL * PANEL :]:
+        if number > top:
+            top, second = number, top
+        elif number > second:
+            second = number
     return top, second
 
 
@@ -289,7 +276,7 @@ def first_of(largest: Any, row: Any) -> int:
 @compiled
 def summary(row: Any) -> Any:
     """The fields of `confidence.Summary` for logits [vocab]."""
-    top, second = two_largest(row)
+    top, second = best_two(row)
     total = weighted = row.dtype.type(0)
     for n in range(row.shape[0]):
         gap = row[n] - top

@@ -21,8 +21,8 @@ from numba.core import cgutils
 
 from .ahead import ask, ask_behind
 from .freshness import compiled
-from .lanes import loop
 from .processor import LANES
+from .vectors import LANE, every, loop, word
 
 QUAD = 4  # rows of weights that are multiplied at a time
 OFFSET = 128
@@ -32,10 +32,10 @@ ROUNDING = 0.51 / _LARGEST
 # Behind its two bytes for each weight a token has its factor and what `OFFSET` adds to the sums.
 _TAIL = 12
 
-_WORD, _LANE, _BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
-_INTEGERS = ir.VectorType(_LANE, LANES)
+_INTEGERS = ir.VectorType(LANE, LANES)
+_OF_BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
 # LLVM calls the operands' bytes by their name since 22.
-_OPERAND = ir.VectorType(_BYTE, 4 * LANES) if binding.llvm_version_info[0] >= 22 else _INTEGERS
+_OPERAND = _OF_BYTES if binding.llvm_version_info[0] >= 22 else _INTEGERS
 _CHAINED = 2  # tokens with whose sums alone the processor would have too little under way
 
 
@@ -85,16 +85,6 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
         number = totals.type.pointee
         numbers = ir.VectorType(number, LANES)
 
-        def word(value: int) -> Any:
-            return ir.Constant(_WORD, value)
-
-        def every(value: Any, kind: Any) -> Any:
-            """A value in every lane."""
-            undefined = ir.Constant(kind, ir.Undefined)
-            first = builder.insert_element(undefined, value, ir.Constant(_LANE, 0))
-            zeros = ir.Constant(ir.VectorType(_LANE, LANES), [0] * LANES)
-            return builder.shuffle_vector(first, undefined, zeros)
-
         def address(data: Any, index: Any, kind: Any) -> Any:
             return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
@@ -132,8 +122,8 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
             ]
             grown = []
             for start in (start for of_token in halves for start in of_token):
-                four = builder.load(address(states, builder.add(start, k), _LANE), align=1)
-                signed = every(four, _INTEGERS)
+                four = builder.load(address(states, builder.add(start, k), LANE), align=1)
+                signed = every(builder, four, LANES)
                 for part in loaded:
                     grown.append(dot(sums[len(grown)], part, signed))
             return grown
@@ -165,8 +155,9 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
             factor = builder.fpext(factor, number) if number != ir.FloatType() else factor
             offsets = [
                 every(
-                    builder.load(address(states, builder.add(tail, word(at)), _LANE), align=1),
-                    _INTEGERS,
+                    builder,
+                    builder.load(address(states, builder.add(tail, word(at)), LANE), align=1),
+                    LANES,
                 )
                 for at in (4, 8)
             ]
@@ -181,7 +172,7 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
                 product = builder.fadd(builder.fmul(upper, weight), lower)
                 at = builder.add(left, word(LANES * part))
                 scale = builder.load(address(scales, at, numbers), align=4)
-                product = builder.fmul(product, builder.fmul(every(factor, numbers), scale))
+                product = builder.fmul(product, builder.fmul(every(builder, factor, LANES), scale))
                 place = address(totals, builder.add(builder.mul(each[m], outer), at), numbers)
                 total = builder.fadd(builder.load(place, align=4), product)
                 builder.store(total, place, align=4)

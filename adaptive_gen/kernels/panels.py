@@ -16,18 +16,13 @@ from .ahead import LINE, ask, ask_behind
 from .dots import dots
 from .half import BFLOAT16, FLOAT16, widened
 from .processor import CONVERTS_FLOAT16, DOTS, WIDE
+from .vectors import SUMS, WORD, every, word
 
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
 # A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
 TILE = 8 if WIDE else 4  # tokens that share a reading of a panel
-_WORD, _LANE = ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
-_SUMS = ("contract", "nsz", "reassoc")
-
-
-def _one() -> Any:
-    return ir.Constant(_WORD, 1)
 
 
 def _nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -76,8 +71,6 @@ def _adder(tokens: int, shared: bool = False) -> Any:
             shapes = [cgutils.unpack_tuple(builder, array.shape) for array in arrays]
             inner, depth, outer = shapes[0][1], shapes[1][1], shapes[3][1]
             vector = ir.VectorType(rows.type.pointee, PANEL)
-            undefined = ir.Constant(vector, ir.Undefined)
-            first_lane = ir.Constant(ir.VectorType(_LANE, PANEL), [0] * PANEL)
 
             def vector_at(data: Any, index: Any) -> Any:
                 """PANEL numbers from an index on; they are aligned as one of them."""
@@ -88,18 +81,16 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                 return builder.load(vector_at(data, index), align=bytes_each)
 
             def spread(index: Any) -> Any:
-                value = builder.load(builder.gep(rows, [index]))
-                lane = builder.insert_element(undefined, value, ir.Constant(_LANE, 0))
-                return builder.shuffle_vector(lane, undefined, first_lane)
+                return every(builder, builder.load(builder.gep(rows, [index])), PANEL)
 
-            each = [builder.add(row, ir.Constant(_WORD, m)) for m in range(tokens)]
+            each = [builder.add(row, word(m)) for m in range(tokens)]
             begins = [builder.mul(m, inner) for m in each]
             base = builder.mul(panel, depth)
             # Each call goes through its part of the next panel in smaller steps than it reads.
-            of_row = ir.Constant(_WORD, PANEL * w.dtype.bitwidth // 8)
+            of_row = word(PANEL * w.dtype.bitwidth // 8)
             step = builder.udiv(of_row, tiles)
             part = builder.mul(builder.mul(tile, depth), step)
-            whole_panels = builder.mul(builder.mul(builder.add(panel, _one()), depth), of_row)
+            whole_panels = builder.mul(builder.mul(builder.add(panel, word(1)), depth), of_row)
             following_panel = builder.gep(
                 builder.bitcast(weights, _BYTES), [builder.add(whole_panels, part)]
             )
@@ -109,20 +100,20 @@ def _adder(tokens: int, shared: bool = False) -> Any:
             builder.branch(loop)
 
             builder.position_at_end(loop)
-            k = builder.phi(_WORD)
+            k = builder.phi(WORD)
             sums = [[builder.phi(vector) for _ in range(tokens)] for _ in range(chains)]
             grown = [list(chain) for chain in sums]
             weight_bytes = w.dtype.bitwidth // 8
             for turn in range(DEPTH):
-                at = builder.add(k, ir.Constant(_WORD, turn))
-                place = builder.mul(builder.add(base, at), ir.Constant(_WORD, PANEL))
+                at = builder.add(k, word(turn))
+                place = builder.mul(builder.add(base, at), word(PANEL))
                 if shared:
                     ask(builder, builder.gep(following_panel, [builder.mul(at, step)]), level=2)
                 else:
                     here = builder.bitcast(builder.gep(weights, [place]), _BYTES)
                     begin, of_turn = turn * PANEL * weight_bytes, PANEL * weight_bytes
                     for start in range(-begin % LINE, of_turn, LINE):
-                        at_line = builder.gep(here, [ir.Constant(_WORD, start)])
+                        at_line = builder.gep(here, [word(start)])
                         ask_behind(builder, at_line, (begin + start) // LINE, tokens, weight_bytes)
                 loaded = load(weights, place, weight_bytes)
                 if w.dtype == types.int8:
@@ -131,10 +122,10 @@ def _adder(tokens: int, shared: bool = False) -> Any:
                     loaded = widened(builder, loaded, w.dtype)
                 chain = grown[turn % chains]
                 for m, begin in enumerate(begins):
-                    product = builder.fmul(spread(builder.add(begin, at)), loaded, flags=_SUMS)
-                    chain[m] = builder.fadd(chain[m], product, flags=_SUMS)
-            following = builder.add(k, ir.Constant(_WORD, DEPTH))
-            k.add_incoming(ir.Constant(_WORD, 0), before)
+                    product = builder.fmul(spread(builder.add(begin, at)), loaded, flags=SUMS)
+                    chain[m] = builder.fadd(chain[m], product, flags=SUMS)
+            following = builder.add(k, word(DEPTH))
+            k.add_incoming(word(0), before)
             k.add_incoming(following, loop)
             for chain in range(chains):
                 for total, new in zip(sums[chain], grown[chain], strict=True):
@@ -143,14 +134,14 @@ def _adder(tokens: int, shared: bool = False) -> Any:
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
 
             builder.position_at_end(done)
-            left = builder.mul(panel, ir.Constant(_WORD, PANEL))
+            left = builder.mul(panel, word(PANEL))
             factor = load(scales, left, number)
             for m, product, *others in zip(each, *grown, strict=True):
                 for other in others:
-                    product = builder.fadd(product, other, flags=_SUMS)
+                    product = builder.fadd(product, other, flags=SUMS)
                 at = builder.add(builder.mul(m, outer), left)
-                product = builder.fmul(product, factor, flags=_SUMS)
-                total = builder.fadd(load(totals, at, number), product, flags=_SUMS)
+                product = builder.fmul(product, factor, flags=SUMS)
+                total = builder.fadd(load(totals, at, number), product, flags=SUMS)
                 builder.store(total, vector_at(totals, at), align=number)
             return context.get_dummy_value()
 

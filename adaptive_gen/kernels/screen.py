@@ -12,25 +12,27 @@ leaves are those of the whole head.
 - `head`: panels, scale and floor of `cpu.read_out`, normed [rows, hidden], logits [rows, vocab in
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL] in 8
   bits, no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by
-  how much any logit of a panel may be off, and e to the power of plus and of minus that; then
-  whether a panel is known exactly, [panels] each, and room for PANEL numbers. Who helps, see
-  `team`. At last the gain that is folded into the screen and not into the panels, see
-  `cpu.apply_gain`, and the normed states times it: the very same as normed where there is none.
+  how much any logit of a panel may be off, e to the power of plus and of minus that, and whether a
+  panel is known exactly, [panels] each. Who helps, see `team`. At last the gain that is folded into
+  the screen and not into the panels, see `cpu.apply_gain`, and the normed states times it: the very
+  same as normed where there is none.
 - `row`: of the normed states and of the logits.
 """
 
 import math
 from typing import Any
 
-from .cpu import apply_gain, first_of, norm, read_out, summary, two_largest
-from .exponential import exp
+from .cpu import apply_gain, best_two, first_of, norm, read_out, summary
+from .logits import mass, reaches, two_certain
 from .panels import PANEL
 from .products import add_one, add_product, compiled
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
-# The confidence of a token that leaves is known to half of this, of 1, without more of the head.
-WIDTH = 0.01
+# How far apart what a confidence is at least and at most may be for a token that leaves, which gets
+# the middle. To know more takes more of the head than to choose the token; and the errors of
+# thousands of tokens hardly ever add up: most confidences are off by a tenth of what they may be.
+WIDTH = 0.1
 # How far below the largest logit panels are looked at closely, step by step; in the end, all.
 _DEPTHS = (0.0, 3.0, 6.0, math.inf)
 
@@ -52,40 +54,19 @@ def look(x: Any, head: Any) -> None:
 
 @compiled
 def _bar(row: int, head: Any) -> Any:
-    """What the largest logit and the second are at least: two different columns reach that.
-
-    They are found in the best of each of PANEL lanes, which is as quick as a sum.
-    """
-    logits, (_, _, doubt, _, _, exact, best) = head[4], head[6]
+    """What the largest logit and the second are at least."""
+    doubt, exact = head[6][2], head[6][5]
     exact[:] = False
-    best[:] = -math.inf
-    for panel in range(len(exact)):
-        at, off = logits[row, PANEL * panel : PANEL * (panel + 1)], doubt[panel]
-        for lane in range(PANEL):
-            least = at[lane] - off
-            best[lane] = least if least > best[lane] else best[lane]
-    top = second = best.dtype.type(-math.inf)
-    for lane in range(PANEL):
-        if best[lane] > top:
-            top, second = best[lane], top
-        elif best[lane] > second:
-            second = best[lane]
-    return top, second
+    return two_certain(head[4][row], doubt)
 
 
 @compiled
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
-    panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact, _), _, _, gained = head
+    panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact), _, _, gained = head
     for panel in range(len(exact)):
-        if exact[panel]:
-            continue
-        at, off = logits[row, PANEL * panel : PANEL * (panel + 1)], doubt[panel]
-        reach = 0
-        for lane in range(PANEL):
-            reach += at[lane] + off >= bar
-        if reach:
-            at[:] = 0
+        if not exact[panel] and reaches(logits[row], panel, doubt[panel], bar):
+            logits[row, PANEL * panel : PANEL * (panel + 1)] = 0
             add_one(gained, panels, scale, logits, row, panel, 0, 1)
             exact[panel] = True
     if exact[len(exact) - 1]:
@@ -115,25 +96,9 @@ def token_of(row: int, head: Any) -> int:
     logits, vocab = head[4], head[5]
     if not head[6][0].shape[0]:
         known = logits[row, :vocab]
-        return first_of(two_largest(known)[0], known)
+        return first_of(best_two(known)[0], known)
     _sharpen(row, _bar(row, head)[0], head)
     return _largest(row, head)[2]
-
-
-@compiled
-def _mass(row: int, top: Any, head: Any) -> Any:
-    """The sum over all tokens of exp(logit - top): at most, and at least."""
-    logits, (_, _, _, grow, shrink, exact, lanes) = head[4], head[6]
-    one = lanes.dtype.type(1)
-    most = least = top * 0
-    for panel in range(len(exact)):
-        at = logits[row, PANEL * panel : PANEL * (panel + 1)]
-        share = top * 0
-        for lane in range(PANEL):
-            share += exp(at[lane] - top)
-        most += share * (one if exact[panel] else grow[panel])
-        least += share * (one if exact[panel] else shrink[panel])
-    return most, least
 
 
 @compiled
@@ -144,6 +109,12 @@ def measured(found: Any, vocab: int, measure: int) -> float:
         return min(1.0, max(0.0, 1.0 - entropy / math.log(vocab)))
     largest = math.exp(top - total)
     return largest if measure == MAX_PROB else largest - math.exp(second - total)
+
+
+@compiled
+def _share(top: float, second: float, measure: int) -> float:
+    """What a confidence would be, margin or max_prob, if only two tokens had a chance, or one."""
+    return 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
 
 
 @compiled
@@ -171,17 +142,25 @@ def leaves(row: int, least: float, measure: int, head: Any) -> Any:
         The raw confidence, to half of `WIDTH` if the token leaves and else on the right side of
         `least`; and the token, -1 if it goes on.
     """
-    if measure == ENTROPY or not head[6][0].shape[0]:  # all tokens have a say in an entropy
+    screened = head[6][0].shape[0] > 0
+    if measure == MARGIN and not screened:
+        share = _share(*best_two(head[4][row, : head[5]]), measure)
+        if share < least:
+            return share, -1
+    if measure == ENTROPY or not screened:  # all tokens have a say in an entropy
         found = _read_whole(row, head)
         raw = measured(found, head[5], measure)
         return raw, int(found[2]) if raw >= least else -1
+    _, _, _, grow, shrink, exact = head[6]
     top, bar = _bar(row, head)
     for depth in _DEPTHS:
         _sharpen(row, min(bar, top - depth), head)
         top, second, token = _largest(row, head)
         bar = second
-        share = 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
-        most, fewest = _mass(row, top, head)
+        share = _share(top, second, measure)
+        if share < least:
+            return share, -1
+        most, fewest = mass(head[4][row], top, grow, shrink, exact)
         low, high = share / most, share / fewest
         if high < least:
             return high, -1
