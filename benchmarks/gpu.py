@@ -36,7 +36,7 @@ def run(shape: Shape, device: str, *, tokens: int, rounds: int) -> dict[str, Any
     found: dict[str, Any] = {
         "model": shape.name,
         "engine": state(model).backend.name,
-        "operations": state(model).backend._graphs.model.operations.name,
+        "operations": state(model).backend._prepared.graphs.model.operations.name,
         "gb_per_token": decode_bytes(model) / 1e9,
     }
     parts = {

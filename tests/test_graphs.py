@@ -14,8 +14,8 @@ from tape import Taped
 from test_batches import LENGTHS, Uneven, assert_rows_are_alone, padded
 
 import adaptive_gen
-from adaptive_gen.engine import backend, graphs
-from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine import graphs, prepared
+from adaptive_gen.engine.backend import TRIED, Backend
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.graphs import SummedConfidences
 from adaptive_gen.errors import ModelError
@@ -29,7 +29,7 @@ GREEDY = {"adaptive": True, "do_sample": False, "return_dict_in_generate": True}
 @pytest.fixture
 def taped(monkeypatch):
     """Let the back end `static` play back tapes, as `graphs` replays graphs."""
-    monkeypatch.setattr(backend, "Direct", Taped)
+    monkeypatch.setattr(prepared, "Direct", Taped)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_lossless_is_transformers_greedy(family, taped):
 
 def test_a_step_is_recorded_once_and_its_seconds_are_reported(taped):
     model = wrapped("llama")
-    recorder = state(model).backend._graphs.recorder
+    recorder = state(model).backend._prepared.graphs.recorder
     out = model.generate(**padded([5]), **GREEDY, threshold=0.3, max_new_tokens=12)
     first = recorder.tapes
     # Three segments and one readout; comparing had come before.
@@ -226,7 +226,7 @@ def test_a_model_that_computes_something_else_is_refused(tiny_llama):
 
 
 def test_where_graphs_cannot_be_had_the_next_back_end_runs_and_says_why(monkeypatch):
-    monkeypatch.setitem(backend.TRIED, "auto", ("graphs", "fused"))
+    monkeypatch.setitem(TRIED, "auto", ("graphs", "fused"))
     decoder = state(wrapped("llama", "module")).decoder
     tried = Backend(decoder)
     tried.segments([2, 6])

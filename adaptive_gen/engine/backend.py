@@ -1,4 +1,4 @@
-"""Which back end runs a model's segments, and its prepared weights."""
+"""Which back end runs a model's segments, and what reads them out."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,22 +13,20 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledSegment, NarrowSegment, longest, most_tokens, prepared
+from .compiled import CompiledSegment, NarrowSegment, longest, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
-from .fused import FusedModel, FusedReadout, FusedSegment, Matrix
-from .fusing import WIDE, Unfit, fuse, fuse_readout, narrow_readout, narrowed, stacked, wide
-from .graphs import GraphReadout, Graphs, SummedConfidences
-from .int8 import quantised, quantised_readout
+from .fused import FusedModel, FusedReadout, FusedSegment
+from .fusing import WIDE, fuse_readout, narrow_readout, wide
+from .graphs import GraphReadout, SummedConfidences
+from .int8 import quantised_readout
 from .machine_code import compiling
 from .narrow import BITS
-from .panelled import CompiledModel, missing
-from .recorder import Direct
+from .prepared import Prepared, addresses, hooked, signature
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
 from .stretch import LosslessStretch, Pace, Stretch, unfit
-from .team import threads
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
@@ -44,43 +42,6 @@ TRIED = {
 ENGINES = tuple(TRIED)
 ON_SLABS = ("graphs", "static")  # back ends that keep their state at fixed addresses
 WEIGHTS = ("own", "int8")
-# Weights are copied, half precision once and all else twice: for `fused`, and in panels. Beyond
-# this it is only done when asked for.
-MOST_COPIED_BYTES = 4 << 30
-
-
-def _hooked(module: Any) -> bool:
-    """Whether calling the module does more than its class says; accelerate has hooks of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module))
-
-
-def _within(module: nn.Module) -> list[nn.Module]:
-    """A module and all below it: what `modules()` finds, without names and sooner."""
-    found = [module]
-    for this in found:  # which grows meanwhile
-        found += [child for child in this._modules.values() if child is not None]
-    return found
-
-
-def _weights(module: nn.Module) -> list[Any]:
-    """The parameters of a module and all below it."""
-    own = (part._parameters.values() for part in _within(module))
-    return [weight for weights in own for weight in weights if weight is not None]
-
-
-def _copies(weights: Sequence[Any]) -> int:
-    """Bytes of the copies that are made of weights."""
-    return sum(w.numel() * w.element_size() * (1 if w.dtype in BITS else 2) for w in weights)
-
-
-def _signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
-    """Changes when weights were trained, merged or moved since, so that new copies are needed."""
-    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-
-
-def _addresses(weights: Sequence[Any]) -> list[int]:
-    """Changes when weights were put elsewhere; what was captured reads the old place."""
-    return [w.data_ptr() for w in weights]
 
 
 class Backend:
@@ -117,21 +78,18 @@ class Backend:
         keeps = engine == "auto" and measured_on in (*TRIED["auto"], "module")
         self._kept = measured_on if keeps else ""
         self.name, self.reason = "module", ""
-        self._signatures: dict[str, Any] = {}
-        self._causes: dict[str, str] = {}
-        self._fused: FusedModel | None = None
-        self._compiled: CompiledModel | None = None
-        self._graphs: Graphs | None = None
-        self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
+        self._prepared = Prepared(decoder, engine, weights, self._kept)
+        self._compiled_stretches: set[tuple[str, str]] = set()
         self._readout_signature: Any = None
         self._readout: FusedReadout | CompiledReadout | GraphReadout | None = None
         self._paces: dict[tuple[str, int], Pace] = {}
-        self._compile_s = 0.0
+        self._narrow = False  # whether the latest segments work in float32 and the model in less
+        self._compile_s = 0.0  # spent on compiling stretches
 
     @property
     def warm_up_s(self) -> float:
         """Seconds spent so far on compiling kernels and capturing graphs."""
-        return self._compile_s + (0.0 if self._graphs is None else self._graphs.warm_up_s)
+        return self._compile_s + self._prepared.warm_up_s
 
     @torch.no_grad()
     def segments(self, exit_layers: Sequence[int]) -> list[Segment]:
@@ -141,6 +99,7 @@ class Backend:
             ModelError: the back end that `engine` insists on cannot be had.
         """
         self.name, self.reason = self._choose()
+        self._narrow = False
         if self.name == "module" and self.weights == "int8":
             raise ModelError(
                 f"weights='int8' cannot run {self.decoder.name}: {self.reason}. Leave it out."
@@ -153,17 +112,19 @@ class Backend:
         if self.name == "module":
             return module_segments(self.decoder, exit_layers)
         if self.name in ON_SLABS:
-            assert self._graphs is not None
-            return [*graphs.segments(self._graphs, exit_layers)]
-        assert self._fused is not None
-        segments = self._long_segments(self._fused, exit_layers)
-        compiled = self._compiled if self.name == "compiled" else None
+            assert self._prepared.graphs is not None
+            return [*graphs.segments(self._prepared.graphs, exit_layers)]
+        fused = self._prepared.fused
+        assert fused is not None
+        self._narrow = self.decoder.dtype not in WIDE
+        segments = self._long_segments(fused, exit_layers)
+        compiled = self._prepared.compiled if self.name == "compiled" else None
         if self.weights == "int8":
             self.name += "-int8"
         if compiled is None:
             return segments
-        desk = Desk(self._fused.sizes, self._fused.qk_floor, most_tokens())
-        most = longest(self._fused)
+        desk = Desk(fused.sizes, fused.qk_floor, most_tokens())
+        most = longest(fused)
         return [CompiledSegment(compiled, segment, desk, most) for segment in segments]
 
     def _long_segments(self, model: FusedModel, exit_layers: Sequence[int]) -> list[Segment]:
@@ -172,7 +133,9 @@ class Backend:
         if model.narrow:
             return [NarrowSegment(self.decoder, *each) for each in bounds]
         workspace = Workspace(model.sizes)
-        return [FusedSegment(model, *each, self._stack(*each), workspace) for each in bounds]
+        return [
+            FusedSegment(model, *each, self._prepared.stack(*each), workspace) for each in bounds
+        ]
 
     def embed(self) -> Callable[[Tensor, Sequence[int]], Tensor]:
         """(ids, starts) -> hidden states before the first of the latest segments.
@@ -197,8 +160,8 @@ class Backend:
 
     def cache(self, capacity: int, batch: int) -> KVCache:
         """An empty cache for the latest segments, with room for `capacity` tokens at first."""
-        if self.name in ON_SLABS and self._graphs is not None:
-            return self._graphs.cache(capacity, batch)
+        if self.name in ON_SLABS and self._prepared.graphs is not None:
+            return self._prepared.graphs.cache(capacity, batch)
         return KVCache(self.decoder.n_layers, capacity, batch)
 
     @torch.no_grad()
@@ -219,11 +182,6 @@ class Backend:
         return read
 
     @property
-    def _narrow(self) -> bool:
-        """Whether the latest segments work in float32 and the model in less."""
-        return self.name not in ("module", *ON_SLABS) and self.decoder.dtype not in WIDE
-
-    @property
     def widens(self) -> bool:
         """Whether the latest segments read weights in half precision, but work in float32."""
         return self._narrow and self.weights == "own"
@@ -231,19 +189,19 @@ class Backend:
     def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
         parts = self.decoder.plain_readout
-        if self.name == "module" or parts is None or any(map(_hooked, parts)):
+        if self.name == "module" or parts is None or any(map(hooked, parts)):
             return None
         weights = [getattr(module, "weight", None) for module in parts]
         if any(type(w) is not nn.Parameter for w in weights):
             return None
         if self.name in ON_SLABS:
-            signature: Any = (self._graphs, _addresses(weights))
-        elif self._too_large(weights):
+            state: Any = (self._prepared.graphs, addresses(weights))
+        elif self._prepared.too_large(weights):
             return None
         else:
-            signature = (self.name, _signature(weights))
-        if signature != self._readout_signature:
-            self._readout, self._readout_signature = self._made_readout(*parts), signature
+            state = (self.name, signature(weights))
+        if state != self._readout_signature:
+            self._readout, self._readout_signature = self._made_readout(*parts), state
         return self._readout
 
     def confidences(self, confidences: Confidences) -> Confidences:
@@ -269,8 +227,8 @@ class Backend:
             found = LosslessStretch(scheduler, pace, drafts)
         else:
             found = (BatchStretch if len(scheduler.rows) > 1 else Stretch)(scheduler, pace)
-        if self._signatures.get(type(found).__name__) != self.name:
-            self._signatures[type(found).__name__] = self.name
+        if (type(found).__name__, self.name) not in self._compiled_stretches:
+            self._compiled_stretches.add((type(found).__name__, self.name))
             clock = time.perf_counter()
             with compiling():
                 found.run([0] * len(scheduler.rows), [0] * len(scheduler.rows), frozenset())
@@ -281,8 +239,8 @@ class Backend:
         self, norm: Any, head: Any
     ) -> FusedReadout | CompiledReadout | GraphReadout | None:
         if self.name in ON_SLABS:
-            assert self._graphs is not None
-            return graphs.readout(self._graphs, norm, head)
+            assert self._prepared.graphs is not None
+            return graphs.readout(self._prepared.graphs, norm, head)
         if self.widens and head.weight.dtype in BITS:
             made = narrow_readout(norm, head)
             return CompiledReadout(made) if made else None
@@ -291,16 +249,6 @@ class Backend:
         if made is not None and to_round:
             made = quantised_readout(made)
         return CompiledReadout(made) if made and self.name.startswith("compiled") else made
-
-    def _stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
-        assert self._fused is not None
-        if (start, stop) not in self._stacks:
-            self._stacks[start, stop] = stacked(self._fused, start, stop)
-        return self._stacks[start, stop]
-
-    def _too_large(self, weights: Sequence[Any]) -> bool:
-        asked_for = self.engine in ("fused", "compiled") or self.weights == "int8"
-        return not asked_for and _copies(weights) > MOST_COPIED_BYTES
 
     def _choose(self) -> tuple[str, str]:
         """The back end to use, and why those before it cannot run the model as it is now."""
@@ -311,84 +259,14 @@ class Backend:
             return "module", "engine='module' was asked for"
         if self._kept == "module" and self.weights == "own":
             return "module", "the calibration was made on it"
-        common = self._unfit()
+        common = self._prepared.unfit()
         if common:
             return "module", common
         reasons = []
         for name in tried:
-            reason = self._unfit_for(name)
+            reason = self._prepared.unfit_for(name)
             if not reason:
                 kept = "the calibration was made on it" if name == self._kept else ""
                 return name, kept or "; ".join(reasons)
             reasons.append(reason if len(tried) == 1 else f"not {name}, because {reason}")
         return "module", "; ".join(reasons)
-
-    def _unfit(self) -> str:
-        """Why nothing but the modules can run the model as it is now; empty if something may."""
-        layers = self.decoder.layers
-        if layers.training:
-            return "the model is in training mode"
-        if any(map(_hooked, _within(layers))):
-            return "hooks on its layers would not be called"
-        weights = _weights(layers)
-        others = {type(w).__name__ for w in weights if type(w) is not nn.Parameter}
-        if others:
-            return f"its weights are no plain tensors but {', '.join(sorted(others))}"
-        return ""
-
-    def _unfit_for(self, name: str) -> str:
-        if name == "fused":
-            return self._unfit_for_fused()
-        return self._unfit_for_compiled() if name == "compiled" else self._unfit_for_graphs(name)
-
-    def _unfit_for_compiled(self) -> str:
-        """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
-        reason = missing(self.decoder.dtype) or self._unprepared()
-        if reason:
-            return reason
-        # Which way is quicker depends on how many threads each has.
-        if_quicker = self.engine == "auto" and self._kept != "compiled"
-        signature = (self._signatures["fused"], torch.get_num_threads(), threads(), if_quicker)
-        if signature != self._signatures.get("compiled"):
-            assert self._fused is not None
-            self._signatures["compiled"] = signature
-            self._compiled, self._causes["compiled"], seconds = prepared(self._fused, if_quicker)
-            self._compile_s += seconds
-            if self._compiled is not None:
-                self._fused, self._stacks = self._compiled.fused, {}
-        return self._causes["compiled"]
-
-    def _unfit_for_fused(self) -> str:
-        if self.weights == "own" and self.decoder.dtype in BITS:
-            return f"it is {self.decoder.dtype}; dtype=torch.float32 loads it as fused needs it"
-        return self._unprepared()
-
-    def _unprepared(self) -> str:
-        """Why the layers cannot be prepared for other ways to run them than their own."""
-        weights = _weights(self.decoder.layers)
-        if self._too_large(weights):
-            return f"copies of its layers would take {_copies(weights) / 2**30:.1f} GiB"
-        signature = _signature(weights)
-        if signature != self._signatures.get("fused"):
-            self._fused, self._stacks, self._signatures["fused"] = None, {}, signature
-            try:
-                self._fused = fuse(self.decoder, self._kept_of_layers())
-            except Unfit as error:
-                self._causes["fused"] = str(error)
-        return "" if self._fused is not None else self._causes["fused"]
-
-    def _kept_of_layers(self) -> Callable[[Any, Any], Any] | None:
-        """See `fuse`."""
-        if self.weights == "int8":
-            return lambda _, prepared: quantised(prepared)
-        return narrowed if self.decoder.dtype in BITS else None
-
-    def _unfit_for_graphs(self, name: str) -> str:
-        signature = _addresses(_weights(self.decoder.layers))
-        if signature != self._signatures.get("graphs"):
-            self._graphs, self._signatures["graphs"] = None, signature
-            try:
-                self._graphs = Graphs(self.decoder, Direct() if name == "static" else None)
-            except Unfit as error:
-                self._causes["graphs"] = str(error)
-        return "" if self._graphs is not None else self._causes["graphs"]

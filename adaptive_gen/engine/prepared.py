@@ -1,0 +1,171 @@
+"""A model's weights as its back ends need them: made once, and anew when the model has changed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoder import Decoder
+from .compiled import prepared
+from .fused import FusedModel, Matrix
+from .fusing import Unfit, fuse, narrowed, stacked
+from .graphs import Graphs
+from .int8 import quantised
+from .narrow import BITS
+from .panelled import CompiledModel, missing
+from .recorder import Direct
+from .team import threads
+
+# Weights are copied, half precision once and all else twice: for `fused`, and in panels. Beyond
+# this it is only done when asked for.
+MOST_COPIED_BYTES = 4 << 30
+
+
+def hooked(module: Any) -> bool:
+    """Whether calling the module does more than its class says; accelerate has hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module))
+
+
+def signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
+    """Changes when weights were trained, merged or moved since, so that new copies are needed."""
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+
+
+def addresses(weights: Sequence[Any]) -> list[int]:
+    """Changes when weights were put elsewhere; what was captured reads the old place."""
+    return [w.data_ptr() for w in weights]
+
+
+def _within(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it: what `modules()` finds, without names and sooner."""
+    found = [module]
+    for this in found:  # which grows meanwhile
+        found += [child for child in this._modules.values() if child is not None]
+    return found
+
+
+def _copies(weights: Sequence[Any]) -> int:
+    """Bytes of the copies that are made of weights."""
+    return sum(w.numel() * w.element_size() * (1 if w.dtype in BITS else 2) for w in weights)
+
+
+class Prepared:
+    """What the back ends run instead of a model's own layers.
+
+    `fused`, `compiled` and `graphs` are there once `unfit_for` has found nothing against them.
+    """
+
+    def __init__(self, decoder: Decoder, engine: str, weights: str, kept: str):
+        """Make nothing yet.
+
+        Args:
+            decoder: the model.
+            engine: see `Backend`; likewise `weights`.
+            weights: "own" or "int8".
+            kept: the back end that "auto" keeps to, if there is one.
+        """
+        self._decoder, self._engine, self._weights, self._kept = decoder, engine, weights, kept
+        self.fused: FusedModel | None = None
+        self.compiled: CompiledModel | None = None
+        self.graphs: Graphs | None = None
+        self._compile_s = 0.0
+        self._signatures: dict[str, Any] = {}
+        self._causes: dict[str, str] = {}
+        self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
+        self._parameters: list[Any] = []  # of the layers as they are now
+
+    @property
+    def warm_up_s(self) -> float:
+        """Seconds spent so far on compiling the layers' kernels and capturing graphs."""
+        return self._compile_s + (0.0 if self.graphs is None else self.graphs.warm_up_s)
+
+    def unfit(self) -> str:
+        """Why nothing but the modules can run the model as it is now; empty if something may."""
+        layers = self._decoder.layers
+        if layers.training:
+            return "the model is in training mode"
+        modules = _within(layers)
+        if any(map(hooked, modules)):
+            return "hooks on its layers would not be called"
+        own = (module._parameters.values() for module in modules)
+        self._parameters = [w for parameters in own for w in parameters if w is not None]
+        others = {type(w).__name__ for w in self._parameters if type(w) is not nn.Parameter}
+        if others:
+            return f"its weights are no plain tensors but {', '.join(sorted(others))}"
+        return ""
+
+    def unfit_for(self, name: str) -> str:
+        """Why a back end cannot run the model as `unfit` has just found it; empty if it can."""
+        if name == "fused":
+            return self._unfit_for_fused()
+        return self._unfit_for_compiled() if name == "compiled" else self._unfit_for_graphs(name)
+
+    def too_large(self, weights: Sequence[Any]) -> bool:
+        """Whether copies of weights take more than anybody has asked for."""
+        asked_for = self._engine in ("fused", "compiled") or self._weights == "int8"
+        return not asked_for and _copies(weights) > MOST_COPIED_BYTES
+
+    def stack(self, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
+        """See `fusing.stacked`."""
+        assert self.fused is not None
+        if (start, stop) not in self._stacks:
+            self._stacks[start, stop] = stacked(self.fused, start, stop)
+        return self._stacks[start, stop]
+
+    def _unfit_for_compiled(self) -> str:
+        """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
+        reason = missing(self._parameters[0].dtype) or self._unprepared()
+        if reason:
+            return reason
+        # Which way is quicker depends on how many threads each has.
+        if_quicker = self._engine == "auto" and self._kept != "compiled"
+        state = (self._signatures["fused"], torch.get_num_threads(), threads(), if_quicker)
+        if state != self._signatures.get("compiled"):
+            assert self.fused is not None
+            self._signatures["compiled"] = state
+            self.compiled, self._causes["compiled"], seconds = prepared(self.fused, if_quicker)
+            self._compile_s += seconds
+            if self.compiled is not None:
+                self.fused, self._stacks = self.compiled.fused, {}
+        return self._causes["compiled"]
+
+    def _unfit_for_fused(self) -> str:
+        dtype = self._parameters[0].dtype
+        if self._weights == "own" and dtype in BITS:
+            return f"it is {dtype}; dtype=torch.float32 loads it as fused needs it"
+        return self._unprepared()
+
+    def _unprepared(self) -> str:
+        """Why the layers cannot be prepared for other ways to run them than their own."""
+        state = signature(self._parameters)
+        if state != self._signatures.get("fused"):
+            self.fused, self._stacks, self._signatures["fused"] = None, {}, state
+            self._causes["fused"] = self._fuse()
+        return self._causes["fused"]
+
+    def _fuse(self) -> str:
+        if self.too_large(self._parameters):
+            return f"copies of its layers would take {_copies(self._parameters) / 2**30:.1f} GiB"
+        try:
+            self.fused = fuse(self._decoder, self._kept_of_layers())
+        except Unfit as error:
+            return str(error)
+        return ""
+
+    def _kept_of_layers(self) -> Callable[[Any, Any], Any] | None:
+        """See `fuse`."""
+        if self._weights == "int8":
+            return lambda _, prepared: quantised(prepared)
+        return narrowed if self._parameters[0].dtype in BITS else None
+
+    def _unfit_for_graphs(self, name: str) -> str:
+        state = addresses(self._parameters)
+        if state != self._signatures.get("graphs"):
+            self.graphs, self._signatures["graphs"] = None, state
+            self._causes["graphs"] = ""
+            try:
+                self.graphs = Graphs(self._decoder, Direct() if name == "static" else None)
+            except Unfit as error:
+                self._causes["graphs"] = str(error)
+        return self._causes["graphs"]
