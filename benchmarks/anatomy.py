@@ -48,7 +48,7 @@ def run(model: Any, name: str, rounds: int) -> dict[str, Any]:
 
     def pass_of(block: Tensor) -> Callable[[], object]:
         def work() -> None:
-            segment.run(block, cache)
+            segment.run(block, cache, newest_only=True)
             cache.truncate(CONTEXT)
 
         return work

@@ -52,7 +52,7 @@ class CountedSegment:
         counts[rows] = counts.get(rows, 0) + size * (hidden.shape[1] - free)
         return hidden
 
-    def run(self, hidden, cache, span):
+    def run(self, hidden, cache, span, newest_only=False):
         size, rows = self.stop - self.start, hidden.shape[1]
         self.decoder.counts["doublings"] += np.log2(rows) * size
         return self._count("layers", "rows", hidden, free=1)

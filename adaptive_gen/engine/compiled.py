@@ -52,17 +52,20 @@ class CompiledSegment:
         """Layers that have run after it."""
         return self.long.stop
 
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if self._is_long(span):
-            return self.long.run(hidden, cache, span)
+            return self.long.run(hidden, cache, span, newest_only)
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
         cpu.run_layers(
             self.start,
             self.stop,
+            1 if newest_only and hidden.shape[0] == 1 else len(desk.tokens),
             desk.x,
             desk.tokens,
             desk.turns,
@@ -129,7 +132,9 @@ class CompiledSegment:
 class NarrowSegment(ModuleSegment):
     """The model's own layers, in their own dtype, between hidden states in float32."""
 
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block."""
         return super().run(self._narrowed(hidden), cache, span).to(hidden.dtype)
 

@@ -72,7 +72,9 @@ class FusedSegment:
     workspace: Workspace  # shared by the segments of one generation
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         model, positions = self.model, self.model.decoder.positions
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)

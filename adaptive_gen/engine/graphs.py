@@ -111,7 +111,9 @@ class GraphSegment:
     stop: int
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block [rows, time, hidden]."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         work = self._replay("run", hidden, cache, span)

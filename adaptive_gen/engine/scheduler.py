@@ -210,7 +210,9 @@ class Scheduler:
         """Run segment `index` on a block and queue the result in front of the next one."""
         segment, selection = self.segments[index], self._selection(rows)
         self._keep_lent()
-        out = segment.run(block, self.cache, self.cache.span(segment.start, counts, selection))
+        span = self.cache.span(segment.start, counts, selection)
+        newest_only = index == self.last and not self._must_judge(rows)
+        out = segment.run(block, self.cache, span, newest_only)
         if index < self.last:
             self.queues[index + 1].lend(out, counts, selection)
         if self._decoding(rows):
@@ -307,7 +309,7 @@ class Scheduler:
     def _finish(self, rows: tuple[int, ...], out: Tensor, counts: list[int]) -> Readout:
         """Read out rows that have been through all layers."""
         drafts = None
-        if self.rules.read_drafts and any(self.rows[i].drafts for i in rows):
+        if self._must_judge(rows):
             read = self._read(rows, out, counts, 1)
             logits = torch.stack([part[-1] for part in read])
             drafts = [part[:-1] for part in read]
@@ -324,6 +326,10 @@ class Scheduler:
         wanted = [self.rows[i].drafts + newest_too for i in rows]
         drafts = latest(out, counts, wanted)
         return list(self.readout(drafts, self.decoder.n_layers).split(wanted))
+
+    def _must_judge(self, rows: tuple[int, ...]) -> bool:
+        """Whether full depth has to say something on tokens that left before."""
+        return self.rules.read_drafts and any(self.rows[i].drafts for i in rows)
 
     def _must_go_on(self, index: int, row: int) -> bool:
         """Whether a row must not leave: its queue in front of segment `index` is too full."""

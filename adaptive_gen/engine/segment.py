@@ -27,10 +27,13 @@ class Segment(Protocol):
         """Layers that have run after it: the exit layer at its end."""
         ...
 
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block [rows, time, hidden].
 
-        Without a `span` the block is the next tokens of every row of `cache`.
+        Without a `span` the block is the next tokens of every row of `cache`. With `newest_only`
+        what comes out for other tokens than each row's last may be anything.
         """
         ...
 
@@ -47,7 +50,9 @@ class ModuleSegment:
     start: int
     stop: int
 
-    def run(self, hidden: Tensor, cache: KVCache, span: Span | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
+    ) -> Tensor:
         """Run the layers on a block."""
         return self.decoder.run(hidden, self.start, self.stop, cache, span)
 

@@ -61,6 +61,7 @@ def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
     run_layers(
         bounds[s],
         bounds[s + 1],
+        block,
         x,
         place[:block],
         turn[:block],

@@ -138,6 +138,7 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
 def run_layers(
     start: int,
     stop: int,
+    wanted: int,
     x: Any,
     place: Any,
     turns: Any,
@@ -154,6 +155,8 @@ def run_layers(
     Args:
         start: first layer.
         stop: one more than the last.
+        wanted: how many tokens at the end of the block are to have come out of the last layer
+            afterwards. It gives the others their keys and values, and that is all.
         x: hidden states, [room, hidden in whole panels].
         place: [tokens, 2], each token's row of the cache and its position. Tokens of one row come
             in order; each sees those before it and the row's in the cache.
@@ -184,18 +187,20 @@ def run_layers(
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
         _place(projected, 0, heads, turns, kv, layer, place, gains[layer], floors[1])
-        attend(projected, mixed, kv, layer, place, windows[layer], scores, team)
-        add_product(mixed, out[layer], out_scale[layer], x, tokens, team)
-        _add_bias(x, out_bias[layer], tokens)
-        norm(x, floors[0], normed, tokens)
-        apply_gain(second_gain[layer], normed, normed, tokens)
-        wide[:tokens] = 0
-        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, tokens, team)
-        for m in range(tokens):
+        left_out = tokens - wanted if layer == stop - 1 else 0
+        going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
+        attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, team)
+        add_product(mixed, out[layer], out_scale[layer], y, going, team)
+        _add_bias(y, out_bias[layer], going)
+        norm(y, floors[0], normed, going)
+        apply_gain(second_gain[layer], normed, normed, going)
+        wide[:going] = 0
+        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
+        for m in range(going):
             gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
             for n in range(inner):
                 gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
-        add_product(wide, down[layer], down_scale[layer], x, tokens, team)
+        add_product(wide, down[layer], down_scale[layer], y, going, team)
 
 
 @compiled

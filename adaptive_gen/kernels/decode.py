@@ -103,8 +103,8 @@ def take(s: int, x: Any, state: Any) -> int:
 
 
 @compiled
-def run(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
-    """Run segment s on the first `block` tokens of the desk."""
+def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> None:
+    """Run segment s on the first `block` tokens of the desk; see `run_layers` for `wanted`."""
     x, place, turns, buffers = desk
     kv, _, _, lengths, tallies = state
     weights, scales, biases, floors, windows = model[1]
@@ -113,6 +113,7 @@ def run(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     run_layers(
         bounds[s],
         bounds[s + 1],
+        wanted,
         x,
         place[:block],
         turns[at : at + block],
@@ -164,6 +165,7 @@ def descend(
     token: int,
     cap: int,
     propagate: int,
+    judged: int,
     model: Any,
     desk: Any,
     state: Any,
@@ -177,6 +179,7 @@ def descend(
         token: the one before it.
         cap: most tokens that may wait in front of a segment.
         propagate: 1 if skipped layers get their keys and values that way.
+        judged: 1 if all states of a block that went through all layers are read, 0 if the last is.
         model: see above; likewise `desk`, `state`, `asking`, `results`.
 
     Returns:
@@ -194,7 +197,7 @@ def descend(
             _store(s, block - 1, model, desk, state)
             x[0] = x[block - 1]
             block = 1
-        run(s, block, model, desk, state)
+        run(s, block, block, model, desk, state)
         wait(s + 1, block, x, state)
         may = asked[i, s] and (propagate or counts[s + 1] <= cap)
         if may and due(records[s], worth[s]):
@@ -207,7 +210,7 @@ def descend(
         _store(last, block - 1, model, desk, state)
         x[0] = x[block - 1]
         block = 1
-    run(last, block, model, desk, state)
+    run(last, block, block if judged else 1, model, desk, state)
     state[4][DEEP_PASSES] += 1
     state[4][CAUGHT_UP] += block - 1
     return -1, block
@@ -263,7 +266,7 @@ def decode(
     x, counts, (tokens, exits, _) = desk[0], state[2], results
     last = len(counts) - 1
     for i in range(len(tokens)):
-        chosen, block = descend(i, token, cap, propagate, model, desk, state, asking, results)
+        chosen, block = descend(i, token, cap, propagate, 0, model, desk, state, asking, results)
         if chosen < 0:
             chosen = read(x[block - 1 : block], model[2])
             tokens[i], exits[i] = chosen, last

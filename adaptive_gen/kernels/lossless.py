@@ -24,7 +24,7 @@ def _flush(model: Any, desk: Any, state: Any) -> int:
     for s in range(1, last + 1):
         block = take(s, x, state)
         if block:
-            run(s, block, model, desk, state)
+            run(s, block, block, model, desk, state)
             if s < last:
                 wait(s + 1, block, x, state)
     tallies[CAUGHT_UP] += block
@@ -94,7 +94,7 @@ def decode(
         drafts, ended = 0, False
         while True:
             at = done + drafts
-            token, block = descend(at, token, length, 0, model, desk, state, asking, results)
+            token, block = descend(at, token, length, 0, 1, model, desk, state, asking, results)
             if token < 0:
                 break
             drafts += 1
