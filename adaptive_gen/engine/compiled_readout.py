@@ -18,8 +18,8 @@ from .narrow import NarrowMatrix
 from .panelled import PANEL, gain_of, in_panels, padding
 from .team import helpers
 
-# A smaller head stays in the caches, where reading less of it gains nothing.
-SCREENED_BYTES = 1 << 20
+# A smaller head is read as soon as a screen and what that leaves.
+SCREENED_BYTES = 1 << 16
 
 
 class CompiledReadout:

@@ -5,7 +5,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from .processor import AMD, ZEN_5
+from .processor import AMD, ZEN
 from .vectors import word
 
 LINE = 64  # bytes that come from memory at a time
@@ -43,11 +43,14 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
     rather than for memory.
 
     AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
-    follow the memory by themselves with one token, where asking disturbs them. Intel's look too few
-    lines ahead too, and stop at the end of a page. Other makers' are taken for Intel's, unmeasured.
+    follow the memory by themselves as long as they wait for it, where asking disturbs them: with
+    one token, and Zen 4 with a few. Intel's look too few lines ahead too, and stop at the end of a
+    page. Other makers' are taken for Intel's, unmeasured.
     """
-    if ZEN_5:
+    if ZEN >= 5:
         return ((8192, 1, 1),)
+    if ZEN == 4:
+        return () if tokens < 2 + bytes_each else ((8192, 2, 1),)
     if AMD:
         return () if tokens == 1 else ((1024, 1, 1),)
     if bytes_each == 1:

@@ -20,7 +20,7 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 NAME = binding.get_host_cpu_name()  # such as "znver4"
 AMD = NAME.startswith(("zn", "bd", "bt"))
 _ZEN = re.fullmatch(r"znver(\d+)", NAME)
-ZEN_5 = _ZEN is not None and int(_ZEN[1]) >= 5  # or a later one
+ZEN = int(_ZEN[1]) if _ZEN else 0  # which generation of AMD's, 0 for others
 WIDE = "avx512f" in _FEATURES  # registers of 16 float32, and 32 of them
 LANES = 16 if WIDE else 8  # float32 of a register
 # Whether it adds up products of bytes, four at a time, in one instruction (VNNI).
