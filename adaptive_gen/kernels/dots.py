@@ -78,26 +78,14 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
             context.make_array(kind)(context, builder, value)
             for kind, value in zip(signature.args[:4], args[:4], strict=True)
         ]
-        states, weights, scales, totals = (array.data for array in arrays)
+        states, weights, _, _ = (array.data for array in arrays)
         row, panel, tile, tiles = args[4:]
         shapes = [cgutils.unpack_tuple(builder, array.shape) for array in arrays]
-        width, inner, outer = shapes[0][1], shapes[1][1], shapes[3][1]
-        number = totals.type.pointee
-        numbers = ir.VectorType(number, LANES)
-
-        def address(data: Any, index: Any, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
-
-        def dot(total: Any, unsigned: Any, signed: Any) -> Any:
-            kind = ir.FunctionType(_INTEGERS, [_INTEGERS, _OPERAND, _OPERAND])
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-            instruction = cgutils.get_or_insert_function(builder.module, kind, name)
-            operands = (builder.bitcast(operand, _OPERAND) for operand in (unsigned, signed))
-            return builder.call(instruction, [total, *operands])
-
+        width, inner = shapes[0][1], shapes[1][1]
         each = [builder.add(row, word(m)) for m in range(tokens)]
         begins = [builder.mul(m, width) for m in each]
-        halves = [[begin, builder.add(begin, inner)] for begin in begins]
+        # Where upper bytes begin, then lower ones, of each token.
+        halves = [at for begin in begins for at in (begin, builder.add(begin, inner))]
         columns = word(panel_columns)
         base = builder.mul(builder.mul(panel, inner), columns)
         # Each call goes through its part of the next panel in smaller steps than it reads.
@@ -113,24 +101,19 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
                 ask(builder, builder.gep(weights, [soon]), level=2)
             else:
                 ask_behind(builder, builder.gep(weights, [place]), 0, tokens, bytes_each=1)
-            loaded = [
-                builder.load(
-                    address(weights, builder.add(place, word(QUAD * LANES * part)), _INTEGERS),
-                    align=1,
-                )
-                for part in range(parts)
-            ]
+            starts = [builder.add(place, word(QUAD * LANES * part)) for part in range(parts)]
+            loaded = [_load(builder, weights, start, _INTEGERS, align=1) for start in starts]
             grown = []
-            for start in (start for of_token in halves for start in of_token):
-                four = builder.load(address(states, builder.add(start, k), LANE), align=1)
+            for start in halves:
+                four = _load(builder, states, builder.add(start, k), LANE, align=1)
                 signed = every(builder, four, LANES)
-                for part in loaded:
-                    grown.append(dot(sums[len(grown)], part, signed))
+                grown += [
+                    _dot(builder, sums[len(grown) + n], w, signed) for n, w in enumerate(loaded)
+                ]
             return grown
 
         def add_quads(k: Any, sums: list[Any]) -> list[Any]:
             """The same with a quad for each chain."""
-            count = len(sums) // chains
             return [
                 total
                 for chain in range(chains)
@@ -147,35 +130,63 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
             sums = [builder.add(one, other) for one, other in zip(sums, chain, strict=True)]
         if chains > 1:
             _, *sums = loop(builder, done, inner, QUAD, sums, add_quad)
-
+        tails = [builder.add(begin, builder.mul(inner, word(2))) for begin in begins]
         left = builder.mul(panel, columns)
-        for m, begin in enumerate(begins):
-            tail = builder.add(begin, builder.mul(inner, word(2)))
-            factor = builder.load(address(states, tail, ir.FloatType()), align=1)
-            factor = builder.fpext(factor, number) if number != ir.FloatType() else factor
-            offsets = [
-                every(
-                    builder,
-                    builder.load(address(states, builder.add(tail, word(at)), LANE), align=1),
-                    LANES,
-                )
-                for at in (4, 8)
-            ]
-            for part in range(parts):
-                upper, lower = (
-                    builder.sitofp(
-                        builder.sub(sums[(2 * m + half) * parts + part], offsets[half]), numbers
-                    )
-                    for half in range(2)
-                )
-                weight = ir.Constant(numbers, [256.0] * LANES)
-                product = builder.fadd(builder.fmul(upper, weight), lower)
-                at = builder.add(left, word(LANES * part))
-                scale = builder.load(address(scales, at, numbers), align=4)
-                product = builder.fmul(product, builder.fmul(every(builder, factor, LANES), scale))
-                place = address(totals, builder.add(builder.mul(each[m], outer), at), numbers)
-                total = builder.fadd(builder.load(place, align=4), product)
-                builder.store(total, place, align=4)
+        places = [builder.add(builder.mul(m, shapes[3][1]), left) for m in each]
+        _add_to_totals(builder, [array.data for array in arrays], sums, tails, left, places)
         return context.get_dummy_value()
 
     return generate
+
+
+def _add_to_totals(
+    builder: Any, data: list[Any], sums: list[Any], tails: list[Any], left: Any, places: list[Any]
+) -> None:
+    """Add what a panel's sums of integers stand for to the totals.
+
+    Args:
+        builder: of instructions.
+        data: of states, weights, scales and totals.
+        sums: [tokens, halves, parts], one after the other.
+        tails: where each token's tail begins.
+        left: the panel's first column.
+        places: the same, in the totals of each token.
+    """
+    states, _, scales, totals = data
+    number, parts = totals.type.pointee, len(sums) // (2 * len(tails))
+    numbers = ir.VectorType(number, LANES)
+    for m, (tail, place) in enumerate(zip(tails, places, strict=True)):
+        factor = _load(builder, states, tail, ir.FloatType(), align=1)
+        factor = builder.fpext(factor, number) if number != ir.FloatType() else factor
+        ends = [builder.add(tail, word(at)) for at in (4, 8)]
+        offsets = [every(builder, _load(builder, states, e, LANE, align=1), LANES) for e in ends]
+        for part in range(parts):
+            upper, lower = (
+                builder.sitofp(
+                    builder.sub(sums[(2 * m + half) * parts + part], offsets[half]), numbers
+                )
+                for half in range(2)
+            )
+            weight = ir.Constant(numbers, [256.0] * LANES)
+            product = builder.fadd(builder.fmul(upper, weight), lower)
+            scale = _load(builder, scales, builder.add(left, word(LANES * part)), numbers, align=4)
+            product = builder.fmul(product, builder.fmul(every(builder, factor, LANES), scale))
+            at = _address(builder, totals, builder.add(place, word(LANES * part)), numbers)
+            builder.store(builder.fadd(builder.load(at, align=4), product), at, align=4)
+
+
+def _address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def _load(builder: Any, data: Any, index: Any, kind: Any, align: int) -> Any:
+    return builder.load(_address(builder, data, index, kind), align=align)
+
+
+def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """The instruction that all of this is for."""
+    kind = ir.FunctionType(_INTEGERS, [_INTEGERS, _OPERAND, _OPERAND])
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
+    instruction = cgutils.get_or_insert_function(builder.module, kind, name)
+    operands = (builder.bitcast(operand, _OPERAND) for operand in (unsigned, signed))
+    return builder.call(instruction, [total, *operands])
