@@ -71,8 +71,8 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
 
     Besides transformers' fields: `exit_layers` [batch, new] int64 (0 behind a row's end),
     `confidences` [batch, new] float32 (nan where full depth decided unasked; where the back end
-    `compiled` screened the LM head, the raw measure is known to 0.05, as a rule to 0.005) and
-    `report`.
+    `compiled` screened the LM head, the raw measure is known to 0.05, as a rule to 0.005, and what
+    a calibration makes of it as well as that allows) and `report`.
     """
 
     exit_layers: Tensor | None = None

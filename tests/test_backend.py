@@ -6,6 +6,7 @@ import torch
 from families import FAMILIES, FUSED
 
 import adaptive_gen
+from adaptive_gen.engine import prepared
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.errors import ModelError, OptionError
@@ -75,6 +76,24 @@ def test_changed_weights_are_used(tiny_llama):
     expected = model.generate(PROMPT, **settings)
     ours = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("what", ["fuse", "prepared"])
+def test_preparing_that_was_interrupted_is_done_again(tiny_llama, monkeypatch, what):
+    """And changed weights are not forgotten over it."""
+    model, settings = adaptive_gen.wrap(tiny_llama(), engine="compiled"), {"max_new_tokens": 8}
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(-2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepared, what, interrupted)
+        model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
+    ours = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
+    assert state(model).backend.name == "compiled"
+    assert ours.tolist() == model.generate(PROMPT, **settings).tolist()
 
 
 @pytest.mark.parametrize("tied", [True, False])

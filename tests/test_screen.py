@@ -49,16 +49,18 @@ def test_the_token_is_that_of_the_whole_head(vocab, dtype, screened):
         assert found == of(states).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("measure", ["margin", "max_prob", "entropy"])
-def test_the_same_tokens_leave_as_with_the_whole_head(measure, screened):
-    """At thresholds far from a confidence and a thousandth above and below it."""
+def test_the_same_tokens_leave_as_with_the_whole_head(measure, dtype, screened):
+    """At thresholds far from a confidence and a little above and below it."""
     torch.manual_seed(1)
-    of, off = readout(500, scale=1.0), []
+    of, off = readout(500, dtype, scale=1.0), []
+    little = 1e-3 if dtype == torch.float32 else 1e-9
     desk, index = of.with_room(ROWS), screen.MEASURES.index(measure)
     for states in hidden_states(of, 40 * ROWS).split(ROWS):
         logits = of(states)
         exact = CompiledConfidences(Confidences(measure))(logits, 2)
-        near = [raw + step for raw in exact for step in (-1e-3, 1e-3)]
+        near = [raw + step for raw in exact for step in (-little, little)]
         for least, row in itertools.product([-np.inf, 0.2, 0.5, 0.8, *near, np.inf], range(ROWS)):
             screen.look(states.numpy(), desk)
             raw, token = screen.leaves(row, least, index, desk)
@@ -121,5 +123,9 @@ def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
 def test_states_without_a_number_still_give_a_token(count, screened):
     of = readout(16 * count)
     desk = of.with_room(1)
-    screen.look(np.full((1, HIDDEN), np.nan, np.float32), desk)
+    nothing = np.full((1, HIDDEN), np.nan, np.float32)
+    screen.look(nothing, desk)
     assert 0 <= screen.token_of(0, desk) < 16 * count
+    for measure in (screen.MARGIN, screen.MAX_PROB, screen.ENTROPY):
+        screen.look(nothing, desk)
+        assert screen.leaves(0, 0.5, measure, desk)[1] == -1, "and none leaves"

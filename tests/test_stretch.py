@@ -14,6 +14,7 @@ from adaptive_gen.calibration import ConfidenceMap
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.batch import BatchStretch
+from adaptive_gen.engine.compiled import MOST_ROWS
 from adaptive_gen.engine.stretch import Stretch
 from adaptive_gen.gate import Gate
 from adaptive_gen.kernels.screen import WIDTH
@@ -64,12 +65,17 @@ def decoded(model, **kwargs):
     return model.generate(PROMPT, **{**settings, **kwargs})
 
 
+def assert_as_sure(ours, theirs):
+    """What a screen says of a confidence is known to half of WIDTH, and most of it far better."""
+    torch.testing.assert_close(ours, theirs, equal_nan=True, atol=WIDTH / 2, rtol=0)
+    off = (ours - theirs).abs().nan_to_num()
+    assert off.quantile(0.9) <= WIDTH / 20
+
+
 def assert_same(ours, theirs):
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
-    torch.testing.assert_close(
-        ours.confidences, theirs.confidences, equal_nan=True, atol=WIDTH / 2, rtol=0
-    )
+    assert_as_sure(ours.confidences, theirs.confidences)
     for name in ("deep_passes", "caught_up", "layers_run", "exit_histogram"):
         assert getattr(ours.report, name) == getattr(theirs.report, name), name
     one, other = (out.past_key_values._scheduler for out in (ours, theirs))
@@ -239,9 +245,7 @@ def batch(model, rows=4, **kwargs):
 def assert_same_rows(ours, theirs):
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
-    torch.testing.assert_close(
-        ours.confidences, theirs.confidences, equal_nan=True, atol=WIDTH / 2, rtol=0
-    )
+    assert_as_sure(ours.confidences, theirs.confidences)
     for name in ("deep_passes", "caught_up", "layers_run", "exit_histogram"):
         assert getattr(ours.report, name) == getattr(theirs.report, name), name
 
@@ -259,6 +263,17 @@ def test_rows_of_a_batch_go_as_deep_as_the_scheduler_lets_them(
         assert len(ours.report.exit_histogram) == 3
     stretches.off()
     assert_same_rows(ours, batch(model, **kwargs))
+
+
+def test_a_batch_may_have_more_rows_than_are_read_out_at_once_elsewhere(tiny_llama, stretches):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    ids = torch.randint(1, 90, (MOST_ROWS + 5, 7))
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "threshold": 0.01}
+    kwargs |= {"return_dict_in_generate": True, "adaptive": True}
+    ours = model.generate(ids, **kwargs)
+    assert max(stretches) == len(ids) and len(ours.report.exit_histogram) > 1
+    stretches.off()
+    assert_same_rows(ours, model.generate(ids, **kwargs))
 
 
 @pytest.mark.parametrize("measure", ["margin", "max_prob", "entropy"])

@@ -24,8 +24,9 @@ from .segment import ModuleSegment, Segment
 from .team import threads
 from .workspace import Workspace
 
-# Of rows, for which the kernels are quicker than general products on any number of threads, and of
-# a block's tokens where both have as many threads: there the kernels do as well up to a hundred.
+# Of rows to read out, for which the kernels are quicker than general products on any number of
+# threads; and of a block's tokens, or of texts, where both have as many threads: there the kernels
+# do as well up to a hundred.
 MOST_ROWS, MOST_TOKENS = 16, 96
 _TRIALS = 5
 # How long the threads of the last way stay awake and keep the cores from those of the next.

@@ -18,7 +18,7 @@ from .narrow import NarrowMatrix
 from .panelled import PANEL, gain_of, in_panels, padding
 from .team import helpers
 
-# A smaller head is read as soon as a screen and what that leaves.
+# A smaller head is read as quickly as a screen and what that leaves.
 SCREENED_BYTES = 1 << 16
 
 

@@ -115,7 +115,7 @@ class Prepared:
 
     def _unfit_for_compiled(self) -> str:
         """Why compiled code cannot run the model, or with "auto" is not the quicker way."""
-        reason = missing(self._parameters[0].dtype) or self._unprepared()
+        reason = missing(self._decoder.dtype) or self._unprepared()
         if reason:
             return reason
         # Which way is quicker depends on how many threads each has.
@@ -123,15 +123,15 @@ class Prepared:
         state = (self._signatures["fused"], torch.get_num_threads(), threads(), if_quicker)
         if state != self._signatures.get("compiled"):
             assert self.fused is not None
-            self._signatures["compiled"] = state
             self.compiled, self._causes["compiled"], seconds = prepared(self.fused, if_quicker)
             self._compile_s += seconds
             if self.compiled is not None:
                 self.fused, self._stacks = self.compiled.fused, {}
+            self._signatures["compiled"] = state  # at last: it may be interrupted
         return self._causes["compiled"]
 
     def _unfit_for_fused(self) -> str:
-        dtype = self._parameters[0].dtype
+        dtype = self._decoder.dtype
         if self._weights == "own" and dtype in BITS:
             return f"it is {dtype}; dtype=torch.float32 loads it as fused needs it"
         return self._unprepared()
@@ -140,8 +140,9 @@ class Prepared:
         """Why the layers cannot be prepared for other ways to run them than their own."""
         state = signature(self._parameters)
         if state != self._signatures.get("fused"):
-            self.fused, self._stacks, self._signatures["fused"] = None, {}, state
+            self.fused, self._stacks = None, {}
             self._causes["fused"] = self._fuse()
+            self._signatures["fused"] = state
         return self._causes["fused"]
 
     def _fuse(self) -> str:
@@ -157,15 +158,15 @@ class Prepared:
         """See `fuse`."""
         if self._weights == "int8":
             return lambda _, prepared: quantised(prepared)
-        return narrowed if self._parameters[0].dtype in BITS else None
+        return narrowed if self._decoder.dtype in BITS else None
 
     def _unfit_for_graphs(self, name: str) -> str:
         state = addresses(self._parameters)
         if state != self._signatures.get("graphs"):
-            self.graphs, self._signatures["graphs"] = None, state
-            self._causes["graphs"] = ""
+            self.graphs, self._causes["graphs"] = None, ""
             try:
                 self.graphs = Graphs(self._decoder, Direct() if name == "static" else None)
             except Unfit as error:
                 self._causes["graphs"] = str(error)
+            self._signatures["graphs"] = state
         return self._causes["graphs"]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..confidence import GATE
 from ..policy import ByThreshold
-from .compiled import MOST_ROWS, CompiledSegment
+from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
@@ -241,8 +241,8 @@ def unfit(scheduler: Scheduler, lossless: bool) -> str:
     """Why a scheduler's texts cannot be decoded in stretches; empty if they can."""
     confidences, policy = scheduler.confidences, scheduler.policy
     embedding = scheduler.decoder.plain_embedding
-    if len(scheduler.rows) > MOST_ROWS:
-        return f"it is one of more than {MOST_ROWS}"
+    if len(scheduler.rows) > most_tokens():
+        return f"it is one of more than {most_tokens()}"
     if len(scheduler.rows) * scheduler.rules.queue_cap * scheduler.last > MOST_WAITING:
         return "so many tokens may wait that buffers for all of them are too large"
     if len(scheduler.rows) > 1 and (scheduler.rules.kv, lossless) != ("recompute", False):

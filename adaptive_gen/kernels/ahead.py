@@ -44,8 +44,9 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
 
     AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
     follow the memory by themselves as long as they wait for it, where asking disturbs them: with
-    one token, and Zen 4 with two. Intel's look too few lines ahead too, and stop at the end of a
-    page. Other makers' are taken for Intel's, unmeasured.
+    one token, and Zen 4 with two. The more there is to do for each byte, the further ahead Zen 4 is
+    asked. Intel's look too few lines ahead too, and stop at the end of a page. Other makers' are
+    taken for Intel's, unmeasured.
     """
     if ZEN >= 5:
         return ((8192, 1, 1),)

@@ -16,7 +16,7 @@ import numpy as np
 from .attending import attend
 from .exponential import exp
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
-from .logits import two_largest
+from .logits import two_of_panels
 from .panels import PANEL
 from .products import add_product, compiled
 
@@ -260,7 +260,7 @@ def read_out(
 @compiled
 def best_two(row: Any) -> Any:
     """The largest of some numbers and the second, which may be as large."""
-    top, second = two_largest(row)
+    top, second = two_of_panels(row)
     for number in row[row.shape[0] // PANEL * PANEL :]:
         if number > top:
             top, second = number, top

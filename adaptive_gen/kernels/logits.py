@@ -89,8 +89,8 @@ def _two_largest(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 @_instructions
-def two_largest(context: Any, logits: Any) -> Any:
-    """The largest logit and the second, which may be as large; a nan is lower than anything."""
+def two_of_panels(context: Any, logits: Any) -> Any:
+    """The two largest logits of whole panels, which may be equal; nan is lower than anything."""
     return types.UniTuple(logits.dtype, 2)(logits), _two_largest
 
 
@@ -123,7 +123,8 @@ def mass(context: Any, logits: Any, top: Any, grow: Any, shrink: Any, exact: Any
     """The sum over all tokens of exp(logit - top): at most, and at least.
 
     A panel's part may be too small by the factor `grow` and too large by `shrink`, unless its
-    logits are exact. No logit is above `top`. Exponentials are float32 whatever the logits are.
+    logits are exact. No logit is above `top`. Exponentials are float32 whatever the logits are, and
+    a nan is taken for the lowest of them.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

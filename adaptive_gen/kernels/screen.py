@@ -33,8 +33,9 @@ MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
 # the middle. To know more takes more of the head than to choose the token; and the errors of
 # thousands of tokens hardly ever add up: most confidences are off by a tenth of what they may be.
 WIDTH = 0.1
-# How far below the largest logit panels are looked at closely, step by step; in the end, all.
-_DEPTHS = (0.0, 3.0, 6.0, math.inf)
+# How far below the largest logit panels are looked at closely, step by step; in the end, all are.
+_DEPTHS = (0.0, 3.0, 6.0)
+_ROUNDING = 1e-5  # of a mass, as a share of it
 
 
 @compiled
@@ -113,7 +114,7 @@ def measured(found: Any, vocab: int, measure: int) -> float:
 
 @compiled
 def _share(top: float, second: float, measure: int) -> float:
-    """What a confidence would be, margin or max_prob, if only two tokens had a chance, or one."""
+    """A confidence, margin or max_prob, over the likeliest token's chance: it is never less."""
     return 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
 
 
@@ -126,6 +127,13 @@ def _read_whole(row: int, head: Any) -> Any:
         for panel in range(panels.shape[0]):
             add_one(gained, panels, scale, logits, row, panel, 0, 1)
     return summary(logits[row, :vocab])
+
+
+@compiled
+def _by_whole_head(row: int, least: float, measure: int, head: Any) -> Any:
+    found = _read_whole(row, head)
+    raw = measured(found, head[5], measure)
+    return raw, int(found[2]) if raw >= least else -1
 
 
 @compiled
@@ -148,22 +156,22 @@ def leaves(row: int, least: float, measure: int, head: Any) -> Any:
         if share < least:
             return share, -1
     if measure == ENTROPY or not screened:  # all tokens have a say in an entropy
-        found = _read_whole(row, head)
-        raw = measured(found, head[5], measure)
-        return raw, int(found[2]) if raw >= least else -1
+        return _by_whole_head(row, least, measure, head)
     _, _, _, grow, shrink, exact = head[6]
     top, bar = _bar(row, head)
     for depth in _DEPTHS:
         _sharpen(row, min(bar, top - depth), head)
         top, second, token = _largest(row, head)
+        if top == -math.inf:  # the states are no numbers
+            return math.nan, -1
         bar = second
         share = _share(top, second, measure)
         if share < least:
             return share, -1
         most, fewest = mass(head[4][row], top, grow, shrink, exact)
-        low, high = share / most, share / fewest
+        low, high = share / (most * (1 + _ROUNDING)), share / (fewest * (1 - _ROUNDING))
         if high < least:
             return high, -1
         if low >= least and high - low <= WIDTH:
             return (low + high) / 2, token
-    return low, token if low >= least else -1
+    return _by_whole_head(row, least, measure, head)
