@@ -48,7 +48,7 @@ def some(length, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [2, 15, PANEL, PANEL + 1, 97, 8 * PANEL])
-def test_the_two_of_panels_and_the_first_of_them(length, dtype):
+def test_the_two_largest_and_the_first_of_them(length, dtype):
     for seed in range(100):
         numbers = some(length, dtype, seed)
         assert best_two(numbers) == tuple(np.sort(numbers)[:-3:-1])

@@ -68,8 +68,9 @@ def decoded(model, **kwargs):
 def assert_as_sure(ours, theirs):
     """What a screen says of a confidence is known to half of WIDTH, and most of it far better."""
     torch.testing.assert_close(ours, theirs, equal_nan=True, atol=WIDTH / 2, rtol=0)
-    off = (ours - theirs).abs().nan_to_num()
-    assert off.quantile(0.9) <= WIDTH / 20
+    off = (ours - theirs).abs()
+    known = off[~off.isnan()]  # at full depth nobody asks
+    assert not len(known) or known.quantile(0.9) <= WIDTH / 20
 
 
 def assert_same(ours, theirs):

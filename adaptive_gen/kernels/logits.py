@@ -82,7 +82,7 @@ def _two_largest(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     while width > 2:
         width //= 2
         pair = with_more(pair, *(turned(builder, numbers, width) for numbers in pair))
-    # LLVM 20 gets the last step wrong where it makes it one of single numbers (float64, AVX-512).
+    # LLVM 22 gets the last step wrong where it makes it one of single numbers (float64, AVX-512).
     ends = [[builder.extract_element(numbers, lane(n)) for numbers in pair] for n in (0, 1)]
     found = with_more(ends[0], *ends[1])
     return context.make_tuple(builder, signature.return_type, found)
