@@ -85,7 +85,7 @@ class Decoder:
             [batch, time, hidden] after layer `stop` - 1, not normed.
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
-        cache.pair(False)
+        cache.pair(0)
         block, place = self.positions.block(hidden, span), Block(cache, span)
         for index in range(start, stop):
             hidden = self._call(index, hidden, block, place)
@@ -100,7 +100,7 @@ class Decoder:
         approximate KV propagation (CALM, Schuster et al. 2022).
         """
         span = span or cache.span(start, (hidden.shape[1],) * cache.batch)
-        cache.pair(False)
+        cache.pair(0)
         block, place = self.positions.block(hidden, span), StoreOnly(cache, span)
         for index in range(start, stop):
             try:
@@ -129,17 +129,17 @@ class Decoder:
         return self._head(self._parts.norm(hidden))
 
     @property
-    def plain_embedding(self) -> Any:
-        """The token embedding, where `embed` is that and nothing else; else None."""
+    def plain_embedding(self) -> tuple[Any, float] | None:
+        """The token embedding and a factor, where `embed` is a row of it times that; else None."""
         return self._parts.plain_embedding
 
     @property
-    def plain_readout(self) -> tuple[Any, Any] | None:
-        """Final norm and LM head, where `readout` is the one after the other and nothing else."""
-        norm = self._parts.final_norm
-        if norm is None or self._parts.project_out is not None or not self._head.plain:
+    def plain_readout(self) -> tuple[Any, Any, float] | None:
+        """Final norm, LM head, a factor: where `readout` is one after the other; else None."""
+        norm, multiplier = self._parts.final_norm, self._head.multiplier
+        if norm is None or self._parts.project_out is not None or multiplier is None:
             return None
-        return norm, self._head.linear
+        return norm, self._head.linear, multiplier
 
     def normed(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [..., hidden] as the LM head sees them: through the final norm."""

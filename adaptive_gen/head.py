@@ -37,13 +37,16 @@ class Head:
     @property
     def plain(self) -> bool:
         """Whether the logits are one matrix product, which `F.linear_cross_entropy` fuses."""
-        return (
-            type(self.linear) is nn.Linear
-            and self.linear.bias is None
-            and self.factor is None
-            and self.divisor in (None, 1.0)
-            and self.softcap is None
-        )
+        return self.multiplier == 1.0
+
+    @property
+    def multiplier(self) -> float | None:
+        """What the logits are, times one matrix product; None where they are something else."""
+        linear = self.linear
+        if type(linear) is not nn.Linear or linear.bias is not None or self.softcap is not None:
+            return None
+        factor = 1.0 if self.factor is None else self.factor
+        return factor if self.divisor is None else factor / self.divisor
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states that have passed the final norm."""

@@ -123,12 +123,18 @@ class Parts:
         return self._positions is not None
 
     @property
-    def plain_embedding(self) -> Any:
-        """The token embedding, where `embed` is that and nothing else; else None."""
-        others = self._project_in, self._embedding_multiplier, self._positions
-        if any(other is not None for other in others):
+    def plain_embedding(self) -> tuple[Any, float] | None:
+        """The token embedding and a factor, where `embed` is a row of it times that; else None."""
+        if self._project_in is not None or self._positions is not None:
             return None
-        return getattr(self.base, self._names["embed_tokens"])
+        module = getattr(self.base, self._names["embed_tokens"])
+        factor = 1.0 if self._embedding_multiplier is None else float(self._embedding_multiplier)
+        if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):  # Gemma's
+            factor *= float(torch.as_tensor(module.embed_scale).to(module.weight.dtype))
+        elif type(module) is not nn.Embedding:
+            return None
+        hooked = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)
+        return None if hooked or module.max_norm is not None else (module, factor)
 
     def embed(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer.

@@ -1,4 +1,4 @@
-"""Llama models of chosen shapes with random weights, on which every exit agrees with full depth.
+"""Models of chosen shapes with random weights, on which every exit agrees with full depth.
 
 What a token costs does not depend on the weights' values. Layers behind the shallowest exit add
 nothing here, so all depths give one text and a drafted token is always right: the best case of
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import adaptive_gen
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a Llama configuration needs."""
+    """What a configuration needs."""
 
     name: str
     layers: int
@@ -29,6 +30,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool = False
+    family: str = "llama"  # its `model_type`
 
     def exit_at(self, share: float) -> int:
         """The exit layer at a share of the depth, rounded, at least 1."""
@@ -47,7 +49,14 @@ TRUE = (
     Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 128, 32000),
     Shape("Llama-2-13B", 40, 5120, 13824, 40, 40, 128, 32000),
 )
-BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE)}
+# Families that norm otherwise, pair otherwise, or have other gates; measured when named.
+OTHERS = (
+    Shape("Gemma-3-270M", 18, 640, 2048, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
+    Shape("Gemma-3-1B", 26, 1152, 6912, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
+    Shape("OLMo-2-1B", 16, 2048, 8192, 16, 16, 128, 100352, family="olmo2"),
+    Shape("SmolLM3-3B", 36, 2048, 11008, 16, 4, 128, 128256, tied=True, family="smollm3"),
+)
+BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE, *OTHERS)}
 
 
 def build(
@@ -69,7 +78,7 @@ def build(
         engine: see `adaptive_gen.wrap`.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = CONFIG_MAPPING[shape.family](
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -93,8 +102,12 @@ def build(
 
 
 def truncated(model: Any, layers: int) -> Any:
-    """The first `layers` layers of a Llama as a wrapped model that shares all weights."""
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_hidden_layers": layers})
+    """The first `layers` layers as a wrapped model that shares all weights."""
+    settings = {**model.config.to_dict(), "num_hidden_layers": layers}
+    for name in ("layer_types", "no_rope_layers"):
+        if settings.get(name):
+            settings[name] = settings[name][:layers]
+    config = type(model.config).from_dict(settings)
     config.exit_layers = [layers]
     with torch.device("meta"):
         short = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()

@@ -74,6 +74,7 @@ FAMILIES = {
         {**MIXED, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
         "scaled embeddings, soft-capped logits",
     ),
+    "gemma3_uncapped": Family({**MIXED, "query_pre_attn_scalar": 8}, model_type="gemma3_text"),
     "vaultgemma": Family(
         {
             **MIXED,
@@ -84,6 +85,16 @@ FAMILIES = {
         "scaled embeddings, soft-capped logits",
     ),
     "phi3": Family(SLIDING),
+    "phi3_partial": Family(
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        model_type="phi3",
+    ),
     "smollm3": Family({"no_rope_layers": [1, 0, 1, 1, 0, 1]}, "some layers without positions"),
     "olmo": Family({"clip_qkv": 2.0}),
     "olmo2": Family(),
@@ -227,8 +238,8 @@ def build(model_type, config, attention=None, dtype=torch.float32, seed=0):
     return model.to(dtype).eval()
 
 
-# Families whose layers the back end `fused` computes too.
-FUSED = (
+# Families whose layers the back end `graphs` computes too.
+GRAPHED = (
     "llama",
     "llama_eager",
     "llama_dynamic_rope",
@@ -237,4 +248,37 @@ FUSED = (
     "qwen2",
     "qwen3",
     "seed_oss",
+)
+# Families whose layers the back ends `fused` and `compiled` compute too.
+FUSED = (
+    *GRAPHED,
+    "gemma",
+    "gemma3_text",
+    "gemma3_uncapped",
+    "phi3",
+    "phi3_partial",
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "glm",
+    "glm4",
+    "exaone4",
+    "ernie4_5",
+    "helium",
+)
+# Of these, one or more for everything that differs: biases, windows, norms of heads one by one or
+# together, norms before, behind or both, GELU, factors, layers without positions, rotations by
+# layer, of half of the coordinates, of halves and of neighbours, matrices that come as one.
+PARTICULAR = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3_uncapped",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "phi3_partial",
+    "glm4",
 )

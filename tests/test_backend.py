@@ -38,8 +38,8 @@ def test_the_module_back_end_can_be_asked_for(tiny_llama):
 
 
 def test_insisting_on_fused_says_why_it_cannot_be_had():
-    with pytest.raises(ModelError, match="engine='fused' cannot run Olmo2ForCausalLM"):
-        adaptive_gen.wrap(families.make("olmo2"), engine="fused")
+    with pytest.raises(ModelError, match="engine='fused' cannot run Starcoder2ForCausalLM"):
+        adaptive_gen.wrap(families.make("starcoder2"), engine="fused")
     with pytest.raises(OptionError, match="turbo"):
         adaptive_gen.wrap(families.make("llama"), engine="turbo")
 

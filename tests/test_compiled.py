@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import make
+from families import PARTICULAR, make
 
 import adaptive_gen
 from adaptive_gen.confidence import MEASURES, Confidences
@@ -91,7 +91,7 @@ def test_the_kernels_exponential_is_the_librarys(dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [8, 16, 24, 32])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", PARTICULAR)
 def test_heads_of_any_size_are_rotated_normed_and_stored_as_the_models_are(family, size):
     """Heads of whole registers go through them, others number by number; float32 has both."""
     decoder = Decoder(make(family, head_dim=size).eval())
@@ -115,7 +115,7 @@ def test_heads_of_any_size_are_rotated_normed_and_stored_as_the_models_are(famil
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", PARTICULAR)
 def test_where_only_the_newest_state_counts_it_is_the_same_and_so_is_the_cache(family, dtype):
     decoder = Decoder(make(family, dtype).eval())
     n_layers, ids, found, firsts = decoder.n_layers, torch.randint(1, 96, (1, 24)), [], []

@@ -205,7 +205,7 @@ def test_propagate_is_the_naive_projection_of_the_exit_state(
     scheduler.flush()
     expected = naive_propagation(model, ids, 5, exit_layers)
     # The reference calls the model's own layers, whose norms work in float32.
-    tolerance = FAMILIES[family].tolerance if engine == "module" else 1e-5
+    tolerance = FAMILIES[family].tolerance if engine == "module" else 5e-5
     assert_same_cache(scheduler.cache, expected, tolerance)
 
 

@@ -9,7 +9,7 @@ import gc
 import families
 import pytest
 import torch
-from families import FAMILIES, FUSED
+from families import FAMILIES, GRAPHED
 from tape import Taped
 from test_batches import LENGTHS, Uneven, assert_rows_are_alone, padded
 
@@ -22,7 +22,7 @@ from adaptive_gen.errors import ModelError
 from adaptive_gen.settings import state
 
 # The fused families but for those whose rotary embedding depends on the length of the text.
-STATIC = [family for family in FUSED if not FAMILIES[family].keys_by_length]
+STATIC = [family for family in GRAPHED if not FAMILIES[family].keys_by_length]
 GREEDY = {"adaptive": True, "do_sample": False, "return_dict_in_generate": True}
 
 

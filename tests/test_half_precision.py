@@ -91,8 +91,8 @@ def test_tokens_exits_and_confidences_are_the_float32_copys(tiny_llama, dtype, w
 
 
 @either
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-def test_biases_normed_heads_and_windows_are_kept_beside_the_weights(family, dtype):
+@pytest.mark.parametrize("family", families.PARTICULAR)
+def test_whatever_a_familys_layers_do_is_kept_beside_the_weights(family, dtype):
     half, single = (families.make(family, dtype), families.make(family, dtype).float())
     outs = []
     for model in (half, single):
@@ -198,7 +198,7 @@ def test_a_prepared_layer_stands_for_the_folded_one(tiny_llama, dtype):
     decoder = Decoder(tiny_llama().to(dtype).eval())
     for norm in (decoder.layers[0].input_layernorm, decoder.layers[0].post_attention_layernorm):
         norm.weight.copy_(1 + torch.rand(len(norm.weight)))
-    beside, folded = (fuse(decoder, kept).layers for kept in (narrowed, lambda _, layer: layer))
+    beside, folded = (fuse(decoder, kept).layers for kept in (narrowed, lambda _, layer, __: layer))
     for one, other in zip(beside, folded, strict=True):
         for name in MATRICES:
             matrix = getattr(one, name)
@@ -213,7 +213,7 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     """The gain is folded into the screen and beside the weights: a bar is a bar for both."""
     monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
     decoder = Decoder(tiny_llama(vocab_size=500).to(dtype).eval())
-    norm, head = decoder.plain_readout
+    norm, head, _ = decoder.plain_readout
     norm.weight.copy_(0.2 + 3 * torch.rand(len(norm.weight)))
     made = narrow_readout(norm, head)
     of, states = compiled_readout.CompiledReadout(made), 2 * torch.randn(60, 3, norm.weight.numel())

@@ -36,7 +36,7 @@ def test_a_column_of_zeros_stays_zero():
 def test_it_computes_the_model_with_rounded_weights(tiny_llama):
     """Up to bfloat16, in which the activations enter each product."""
     decoder = Decoder(tiny_llama().eval())
-    ours = fuse(decoder, lambda _, prepared: quantised(prepared))
+    ours = fuse(decoder, lambda _, prepared, __: quantised(prepared))
     layers = [
         replace(layer, **{name: getattr(layer, name).float() for name in MATRICES})
         for layer in ours.layers

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from families import make
+from families import PARTICULAR, make
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,8 +123,8 @@ def test_every_measure_is_the_schedulers(tiny_llama, stretches, measure):
     assert_same(ours, decoded(model, **kwargs))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_biases_norms_of_heads_and_windows_come_along(stretches, family):
+@pytest.mark.parametrize("family", PARTICULAR)
+def test_whatever_a_familys_layers_do_comes_along(stretches, family):
     model = adaptive_gen.wrap(make(family, torch.float64), engine="compiled")
     layers = state(model).exit_layers
     policy = ThresholdPolicy({layer: 0.01 for layer in layers[:-1]})

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..confidence import Confidences
 from ..decoder import Decoder
@@ -123,7 +124,7 @@ class Backend:
             self.name += "-int8"
         if compiled is None:
             return segments
-        desk = Desk(fused.sizes, fused.qk_floor, most_tokens())
+        desk = Desk(fused.sizes, fused.turns, fused.qk_floors, most_tokens())
         most = longest(fused)
         return [CompiledSegment(compiled, segment, desk, most) for segment in segments]
 
@@ -132,7 +133,7 @@ class Backend:
         bounds = list(zip([0, *exit_layers[:-1]], exit_layers, strict=True))
         if model.narrow:
             return [NarrowSegment(self.decoder, *each) for each in bounds]
-        workspace = Workspace(model.sizes)
+        workspace = Workspace(model.sizes, len(model.turns))
         return [
             FusedSegment(model, *each, self._prepared.stack(*each), workspace) for each in bounds
         ]
@@ -142,8 +143,13 @@ class Backend:
 
         See `Decoder.embed`.
         """
-        decoder = self.decoder
-        return (lambda *args: wide(decoder.embed(*args))) if self._narrow else decoder.embed
+        decoder, plain = self.decoder, self.decoder.plain_embedding
+        if not self._narrow:
+            return decoder.embed
+        if plain is None:
+            return lambda *args: wide(decoder.embed(*args))
+        module, factor = plain  # the factor is of float32, as everything is that follows
+        return lambda ids, _: wide(F.embedding(ids, module.weight)) * factor
 
     def normed(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states, exit layer) -> what the LM head sees there, for the latest segments."""
@@ -189,9 +195,9 @@ class Backend:
     def _shared_readout(self) -> FusedReadout | CompiledReadout | GraphReadout | None:
         """The final norm and LM head prepared; None where the model's own have to do."""
         parts = self.decoder.plain_readout
-        if self.name == "module" or parts is None or any(map(hooked, parts)):
+        if self.name == "module" or parts is None or any(map(hooked, parts[:2])):
             return None
-        weights = [getattr(module, "weight", None) for module in parts]
+        weights = [getattr(module, "weight", None) for module in parts[:2]]
         if any(type(w) is not nn.Parameter for w in weights):
             return None
         if self.name in ON_SLABS:
@@ -236,16 +242,16 @@ class Backend:
         return found
 
     def _made_readout(
-        self, norm: Any, head: Any
+        self, norm: Any, head: Any, factor: float
     ) -> FusedReadout | CompiledReadout | GraphReadout | None:
         if self.name in ON_SLABS:
             assert self._prepared.graphs is not None
-            return graphs.readout(self._prepared.graphs, norm, head)
+            return graphs.readout(self._prepared.graphs, norm, head) if factor == 1 else None
         if self.widens and head.weight.dtype in BITS:
-            made = narrow_readout(norm, head)
+            made = narrow_readout(norm, head, factor)
             return CompiledReadout(made) if made else None
         to_round = self.weights == "int8"
-        made = fuse_readout(norm, head, to_round)
+        made = fuse_readout(norm, head, factor, to_round)
         if made is not None and to_round:
             made = quantised_readout(made)
         return CompiledReadout(made) if made and self.name.startswith("compiled") else made

@@ -18,7 +18,9 @@ class BatchStretch(Stretch):
         self._rows_read = len(scheduler.rows)
         super().__init__(scheduler, pace)
         room, width = self._desk.x.shape
-        turn = self._like.new_zeros(room, self._compiled.fused.sizes.head_dim // 2, 2).numpy()
+        fused = self._compiled.fused
+        pairs = fused.sizes.head_dim // 2
+        turn = self._like.new_zeros(room, len(fused.turns), pairs, 2).numpy()
         newest = self._like.new_zeros(self._rows_read, width).numpy()
         taking = np.zeros((2, self._rows_read), np.int64)
         self._tops = self._places, turn, newest, taking

@@ -84,7 +84,7 @@ class KVCache:
         self._whole: Tensor | None = None  # the buffer that all of these are views of, if they are
         # The same cut out for a run of layers: whole, keys with time last, values.
         self._parts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._paired = False
+        self._paired = 0
 
     def span(
         self, layer_idx: int, counts: Sequence[int], rows: tuple[int, ...] | None = None
@@ -175,17 +175,20 @@ class KVCache:
         self.lengths[start:stop] = [self.lengths[start]] * (stop - start)
         return whole
 
-    def pair(self, paired: bool) -> None:
+    def pair(self, width: int) -> None:
         """Say how the keys' coordinates are ordered that are written and read from now on.
 
-        A rotary embedding turns coordinate i together with i + head_dim / 2. `paired` keys have the
-        two side by side, which makes them complex numbers. Scores do not depend on it.
+        Most rotary embeddings turn coordinate i together with i + width / 2, of the first `width`.
+        Paired keys have the two side by side, which makes them complex numbers; `width` 0 leaves
+        them as the model has them. Scores do not depend on it.
         """
-        if self._paired != paired:
-            self._paired = paired
+        if self._paired != width:
             for keys in self._keys:
-                if keys is not None:
-                    keys.copy_(side_by_side(keys) if paired else apart(keys))
+                if keys is not None and self._paired:
+                    keys[..., : self._paired] = apart(keys[..., : self._paired])
+                if keys is not None and width:
+                    keys[..., :width] = side_by_side(keys[..., :width])
+            self._paired = width
 
     def _put(self, buffer: Tensor, block: Tensor, span: Span) -> Tensor:
         """Write the block and return the span's rows of the buffer, up to its last token."""
@@ -254,7 +257,9 @@ class KVCache:
             raise IndexError(f"layer {layer_idx} holds no tokens yet")
         length = self.lengths[layer_idx][row]
         keys, values = keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
-        return (apart(keys) if self._paired else keys), values
+        if self._paired:
+            keys = torch.cat([apart(keys[..., : self._paired]), keys[..., self._paired :]], -1)
+        return keys, values
 
     def truncate(self, length: int, row: int = 0) -> None:
         """Forget a row's tokens from position `length` on; shorter layers stay as they are."""

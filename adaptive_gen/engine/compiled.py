@@ -71,11 +71,7 @@ class CompiledSegment:
             desk.tokens,
             desk.turns,
             kv,
-            model.weights,
-            model.scales,
-            model.biases,
-            model.floors,
-            model.windows,
+            model.layers,
             desk.buffers(span.stop),
         )
         if not desk.filling:
@@ -99,11 +95,7 @@ class CompiledSegment:
             desk.tokens,
             desk.turns,
             kv,
-            model.weights[0],
-            model.scales[0],
-            model.biases,
-            model.floors,
-            model.fused.sizes.heads,
+            model.layers,
             desk.buffers(span.stop),
         )
 
@@ -116,7 +108,7 @@ class CompiledSegment:
         # Nothing here needs to be told that there are no gradients, which takes its time too.
         hidden = hidden.detach() if hidden.requires_grad else hidden
         cut = hidden if hidden.shape[1] == span.time else hidden[:, : span.time]
-        cache.pair(True)
+        cache.pair(self.model.fused.turns.paired)
         kv = cache.hold(self.start, self.stop, span, hidden, sizes.kv_heads, sizes.head_dim)
         desk.place(self.model.fused.decoder.positions, cut, span)
         if desk.filling:
@@ -198,14 +190,14 @@ def _ways(model: CompiledModel) -> list[Callable[[], object]]:
     """Runs of one token through all layers: compiled, and as blocks of many are run."""
     fused = model.fused
     n_layers, stack = len(fused.layers), (fused.layers[0].qkv, None)
-    like = fused.qk_floor
+    like = fused.qk_floors
     if fused.narrow:
         long = NarrowSegment(fused.decoder, 0, n_layers)
     else:
-        long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes))
+        long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes, len(fused.turns)))
     hidden = like.new_ones(1, 1, fused.sizes.hidden)
     caches = KVCache(n_layers), KVCache(n_layers)
-    short = CompiledSegment(model, long, Desk(fused.sizes, like, room=1), longest=1)
+    short = CompiledSegment(model, long, Desk(fused.sizes, fused.turns, like, room=1), longest=1)
     return [lambda: short.run(hidden, caches[0]), lambda: long.run(hidden, caches[1])]
 
 

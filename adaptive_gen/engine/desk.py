@@ -14,14 +14,22 @@ from .machine_code import kernel
 from .panelled import padding
 from .positions import Positions
 from .team import helpers, threads
+from .turns import Turns
 from .workspace import Sizes
 
 
 class Desk:
     """Buffers of one generation's decoding steps; what runs in two threads must not share them."""
 
-    def __init__(self, sizes: Sizes, like: Tensor, room: int):
-        """Make them for blocks of up to `room` tokens, in the dtype of `like`."""
+    def __init__(self, sizes: Sizes, turns: Turns, like: Tensor, room: int):
+        """Make them.
+
+        Args:
+            sizes: of the model.
+            turns: of the model.
+            like: in whose dtype.
+            room: most tokens of a block.
+        """
         self.room = room
         every = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         mixed = sizes.heads * sizes.head_dim
@@ -29,13 +37,15 @@ class Desk:
         self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
         wide = 2 * sizes.intermediate
         self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
-        widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide)
+        whole = sizes.hidden + padding(sizes.hidden)
+        widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide), whole
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
         self._work = (*self._buffers, self._scores(64))
         self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
         self._tokens = np.zeros((room, 2), np.int64)
         self._outs: dict[tuple[int, int], Tensor] = {}
-        self._turns = like.new_zeros(0, sizes.head_dim // 2, 2).numpy()  # of every position
+        self._turning = turns
+        self._turns: Any = like.new_zeros(0, len(turns), sizes.head_dim // 2, 2).numpy()
         self._span: Any = None  # the one that is placed
 
     def _scores(self, room: int) -> Any:
@@ -80,19 +90,17 @@ class Desk:
             counted = enumerate(span.counts)
             self.index = torch.tensor([r * span.time + i for r, n in counted for i in range(n)])
         if positions.tabled:
-            turns = self.turns_until(positions, hidden, span.stop)
+            turns = self.turns_until(hidden, span.stop)
             alone = len(span.starts) == 1
             self.turns = turns[span.starts[0] : span.stop] if alone else turns[self.tokens[:, 1]]
             return
-        turns = torch.view_as_real(positions.turns(hidden, span))
-        turns = turns.expand(len(span.starts), -1, -1, -1).flatten(0, 1)
+        turns = torch.view_as_real(self._turning(hidden, span))
+        turns = turns.expand(len(span.starts), *turns.shape[1:]).flatten(0, 1)
         turns = turns[self.index] if self.filling else turns
         self.turns = turns.contiguous().numpy()
 
-    def turns_until(self, positions: Positions, like: Tensor, stop: int) -> Any:
-        """Cos and sin of the positions below `stop` or more, [.., head_dim / 2, 2]."""
+    def turns_until(self, like: Tensor, stop: int) -> Any:
+        """Cos and sin at the positions below `stop` or more, [.., kinds, head_dim / 2, 2]."""
         if len(self._turns) < stop:
-            everything = Span((0,), (1 << stop.bit_length(),))
-            turns = torch.view_as_real(positions.turns(like, everything))[0]
-            self._turns = turns.contiguous().numpy()
+            self._turns = torch.view_as_real(self._turning.table(like, stop)).numpy()
         return self._turns

@@ -3,7 +3,8 @@
 On small models most of a decoding step is spent between the operations: module calls, norms in six
 steps, rotary embeddings that concatenate. Here a layer is four matrix products and eleven cheap
 operations over weights prepared once: q, k and v side by side, gate and up side by side, norm gains
-and the attention scale folded in. `fusing` prepares them, `workspace` has the buffers.
+and the attention scale folded in. Gemma, OLMo 2 and others norm what attention and the MLP give,
+besides what they are given or instead. `fusing` prepares them, `workspace` has the buffers.
 
 Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`; matrix products
 see rows and time as one axis.
@@ -13,14 +14,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..decoder import Decoder
 from .attention import Attention
 from .cache import KVCache, Span
 from .int8 import Int8Matrix
+from .layer_parts import ACTIVATIONS
 from .narrow import NarrowMatrix
-from .workspace import Room, Sizes, Workspace
+from .turns import Turns
+from .workspace import Room, Sizes, Workspace, norm_heads
 
 Matrix = Tensor | Int8Matrix | NarrowMatrix
 
@@ -39,6 +41,17 @@ class Layer:
     out_bias: Tensor | None
     gate_up: Matrix  # [hidden, 2 * intermediate]
     down: Matrix
+    mixed_gain: Tensor | None = None  # [hidden], where what attention gives is normed
+    output_gain: Tensor | None = None  # likewise of the MLP
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What all layers of a model have in common besides their sizes."""
+
+    normed_first: bool  # whether attention and the MLP are given normed hidden states
+    whole_heads: bool  # whether queries, and keys, are normed all heads together
+    activation: str  # of the gate, see `layer_parts`
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,9 @@ class FusedModel:
     decoder: Decoder
     layers: list[Layer]
     sizes: Sizes
-    qk_floor: Tensor  # what the norms of queries and keys divide by at least, a scalar
+    traits: Traits
+    turns: Turns
+    qk_floors: Tensor  # what the norms of queries, and of keys, divide by at least, [2]
 
     @property
     def narrow(self) -> bool:
@@ -78,29 +93,41 @@ class FusedSegment:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         model, positions = self.model, self.model.decoder.positions
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        cache.pair(True)
+        cache.pair(model.turns.paired)
         room = self._room(hidden, span)
         if hidden is not room.hidden:  # what the segment before this one gave stands there
             room.hidden.copy_(hidden)
-        x = room.x
+        x, activate = room.x, ACTIVATIONS[model.traits.activation]
         attend = Attention(room, positions, cache, span, self.start, self.stop)
         for index in range(self.start, self.stop):
             layer = model.layers[index]
-            product(room.normed(), layer.qkv, layer.qkv_bias, room.qkv)
+            product(self._given(room), layer.qkv, layer.qkv_bias, room.qkv)
             if layer.qk_gain is not None:
-                room.norm_heads(layer.qk_gain, model.qk_floor)
-            room.turn()
-            add_product(x, attend(index), layer.out)
-            if layer.out_bias is not None:
-                x += layer.out_bias
-            product(room.normed(), layer.gate_up, out=room.gate_up)
-            add_product(x, F.silu(room.gate).mul_(room.up), layer.down)
+                room.norm_heads(layer.qk_gain, model.qk_floors, model.traits.whole_heads)
+            room.turn(model.turns.of_layer[index])
+            if layer.mixed_gain is None:
+                add_product(x, attend(index), layer.out)
+                if layer.out_bias is not None:
+                    x += layer.out_bias
+            else:
+                mixed = product(attend(index), layer.out, layer.out_bias)
+                x += normed(mixed, room.floor) * layer.mixed_gain
+            product(self._given(room), layer.gate_up, out=room.gate_up)
+            inner = activate(room.gate).mul_(room.up)
+            if layer.output_gain is None:
+                add_product(x, inner, layer.down)
+            else:
+                x += normed(product(inner, layer.down), room.floor) * layer.output_gain
         return room.hidden
+
+    def _given(self, room: Room) -> Tensor:
+        """What attention or the MLP is given of the hidden states."""
+        return room.normed() if self.model.traits.normed_first else room.x
 
     def _room(self, hidden: Tensor, span: Span) -> Room:
         room = self.workspace.room(hidden)
         if not room.placed(span.starts):
-            room.place(span.starts, self.model.decoder.positions.turns(hidden, span))
+            room.place(span.starts, self.model.turns(hidden, span))
         return room
 
     @torch.no_grad()
@@ -108,23 +135,22 @@ class FusedSegment:
         """K/V of a block for all layers: one product, one rotation, and one write."""
         model = self.model
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
-        cache.pair(True)
+        cache.pair(model.turns.paired)
         room = self._room(hidden, span)
         if hidden is not room.hidden:
             room.hidden.copy_(hidden)
         sizes, layers = model.sizes, self.stop - self.start
-        kv = product(room.normed(), *self.stacked).view(
+        kv = product(self._given(room), *self.stacked).view(
             *hidden.shape[:2], layers, 2, sizes.kv_heads, sizes.head_dim
         )
         gains = [layer.qk_gain for layer in model.layers[self.start : self.stop]]
         if gains[0] is not None:
             gain = torch.stack([g[sizes.heads :] for g in gains if g is not None])
-            keys = kv[..., 0, :, :]
-            length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
-            keys.div_(length.hypot_(model.qk_floor)).mul_(gain)
+            norm_heads(kv[..., 0, :, :], gain, model.qk_floors[1], model.traits.whole_heads)
         # [layers, 2, rows, kv_heads, time, head_dim], and the rotations of all of a layer's
         kv = kv.permute(2, 3, 0, 4, 1, 5)
-        turns = room.turns[:, sizes.heads :].unflatten(1, (2, -1)).transpose(0, 1)
+        turns = room.turns[model.turns.of_layer[self.start : self.stop], :, sizes.heads :]
+        turns = turns.unflatten(2, (2, -1)).transpose(1, 2)
         turned = torch.view_as_complex(kv.unflatten(-1, (-1, 2))) * turns
         kv = torch.view_as_real(turned).flatten(-2)
         if span.rows is None and span.even:

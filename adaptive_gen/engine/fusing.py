@@ -5,7 +5,6 @@ end, not by its name.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,16 +17,14 @@ from torch.nn import functional as F
 
 from ..decoder import Decoder
 from .cache import KVCache, side_by_side
-from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, normed
+from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, Traits, normed
 from .int8 import Int8Matrix
+from .layer_parts import LayerParts, Unfit, floor_of, gain
 from .narrow import BITS, NarrowMatrix
+from .turns import Turns, rotation_of
 from .workspace import Sizes, Workspace
 
 WIDE = (torch.float32, torch.float64)  # what hidden states and sums are in here
-
-
-class Unfit(Exception):
-    """Why a model cannot be run by this back end; the message is for the user."""
 
 
 def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | None]:
@@ -43,7 +40,10 @@ def stacked(model: FusedModel, start: int, stop: int) -> tuple[Matrix, Tensor | 
     return faster_order(stack), bias
 
 
-def fuse(decoder: Decoder, kept: Callable[[Any, Layer], Layer] | None = None) -> FusedModel:
+Kept = Callable[[Any, Layer, FusedModel], Layer]
+
+
+def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
     """Prepare a decoder's layers, one after the other.
 
     Args:
@@ -63,36 +63,59 @@ def fuse(decoder: Decoder, kept: Callable[[Any, Layer], Layer] | None = None) ->
             f"it is {weight.dtype} on {weight.device.type}; compiled and fused are for CPUs and "
             "for float32, float64, bfloat16 and float16"
         )
-    if decoder.positions.rotary_by_type:
-        raise Unfit("its rotary embeddings differ by layer")
     if decoder.config._attn_implementation not in ("sdpa", "eager"):
         raise Unfit(f"{decoder.config._attn_implementation} makes its own masks")
     try:
-        first = layers[0].self_attn
-        sizes = Sizes(
-            hidden=first.q_proj.in_features,
-            heads=first.q_proj.out_features // first.head_dim,
-            kv_heads=first.k_proj.out_features // first.head_dim,
-            head_dim=first.head_dim,
-            intermediate=layers[0].mlp.up_proj.out_features,
-            floor=_floor(layers[0].input_layernorm),
-        )
-        floor = _floor(getattr(first, "q_norm", None))
-        model = FusedModel(decoder, [], sizes, wide(weight[:0]).new_tensor(floor))
+        model = _empty(decoder, layers)
         order = faster_order if kept is None else _as_it_is
         states = _states(decoder)
         for index, layer in enumerate(layers):
             if {p.dtype for p in layer.parameters() if p.dim() == 2} != {weight.dtype}:
                 raise Unfit("its layers' weights are not all of one dtype")
             layer, own = wide(layer), layer
-            model.layers.append(_layer(layer, order))
+            parts = LayerParts.of(layer, decoder.config)
+            if _traits(parts) != model.traits:
+                raise Unfit("its layers differ in kind")
+            model.layers.append(_layer(parts, model.turns.paired, order))
             reference = decoder if layer is own else decoder.with_layer(index, layer)
             states = _compared(model, reference, index, states)
             if kept is not None:
-                model.layers[index] = kept(own, model.layers[index])
+                model.layers[index] = kept(own, model.layers[index], model)
     except (AttributeError, RuntimeError) as error:
         raise Unfit(f"its layers are of another shape ({error})") from None
     return model
+
+
+def _empty(decoder: Decoder, layers: list[Any]) -> FusedModel:
+    """What is known of a decoder before its layers are prepared."""
+    first = LayerParts.of(layers[0], decoder.config)
+    floors = {floor_of(norm) for norm in first.norms}
+    if len(floors) > 1:
+        raise Unfit("the norms of its hidden states differ in what they add")
+    sizes = Sizes(
+        hidden=first.query.shape[1],
+        heads=first.query.shape[0] // first.head_dim,
+        kv_heads=first.key.shape[0] // first.head_dim,
+        head_dim=first.head_dim,
+        intermediate=first.up.shape[0],
+        floor=floors.pop(),
+    )
+    rotations = [rotation_of(decoder, index) for index in range(decoder.n_layers)]
+    return FusedModel(
+        decoder,
+        [],
+        sizes,
+        _traits(first),
+        Turns(decoder.positions, rotations, first.head_dim),
+        wide(first.query[:0]).new_tensor([floor_of(first.query_norm), floor_of(first.key_norm)]),
+    )
+
+
+def _traits(parts: LayerParts) -> Traits:
+    normed_first = parts.attention_norm is not None
+    if normed_first != (parts.mlp_norm is not None):
+        raise Unfit("only one of attention and the MLP is given normed states")
+    return Traits(normed_first, parts.whole_heads, parts.activation)
 
 
 def wide(thing: Any) -> Any:
@@ -103,31 +126,48 @@ def wide(thing: Any) -> Any:
     return thing.float() if isinstance(thing, Tensor) else copy.deepcopy(thing).float()
 
 
-def fuse_readout(norm: Any, head: nn.Linear, to_round: bool = False) -> FusedReadout | None:
+def fuse_readout(
+    norm: Any, head: nn.Linear, factor: float = 1.0, to_round: bool = False
+) -> FusedReadout | None:
     """Prepare a root-mean-square norm and the head behind it; None if the norm is another.
 
-    It does not matter how the head lies in memory if it is going to be rounded.
+    Args:
+        norm: before the head.
+        head: the LM head.
+        factor: of the logits.
+        to_round: whether it does not matter how the head lies in memory, as it will be rounded.
     """
-    if not hasattr(norm, "variance_epsilon"):
+    if not _is_root_mean_square(norm):
         return None
     norm, weight = wide(norm), wide(head.weight)
     order = _as_it_is if to_round else faster_order
-    matrix = order((weight * gain(norm)).t())
-    readout = FusedReadout(matrix, weight.new_tensor(_floor(norm)))
+    matrix = order((weight * (gain(norm) * factor)).t())
+    readout = FusedReadout(matrix, weight.new_tensor(floor_of(norm)))
     hidden = _hidden(norm)
-    expected = F.linear(norm(hidden), weight)
+    expected = F.linear(norm(hidden), weight) * factor
     return readout if _difference(readout(hidden), expected) is None else None
 
 
-def narrow_readout(norm: Any, head: nn.Linear) -> FusedReadout | None:
+def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedReadout | None:
     """The same for a head in half precision that is read as it is."""
-    if not hasattr(norm, "variance_epsilon"):
+    if not _is_root_mean_square(norm):
         return None
     norm, own = wide(norm), head.weight.detach()
-    floor, factor, hidden = norm.weight.new_tensor(_floor(norm)), gain(norm).detach(), _hidden(norm)
-    if _difference(normed(hidden, floor) * factor, norm(hidden)) is not None:
+    floor, gains, hidden = (
+        norm.weight.new_tensor(floor_of(norm)),
+        gain(norm).detach(),
+        _hidden(norm),
+    )
+    if _difference(normed(hidden, floor) * gains, norm(hidden)) is not None:
         return None
-    return FusedReadout(NarrowMatrix(lambda: own, factor, factor.new_ones(len(own))), floor)
+    gains = gains * factor
+    return FusedReadout(NarrowMatrix(lambda: own, gains, gains.new_ones(len(own))), floor)
+
+
+def _is_root_mean_square(norm: Any) -> bool:
+    """Whether a norm may be one; what it gives is compared besides."""
+    has_eps = hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")
+    return has_eps and isinstance(getattr(norm, "weight", None), Tensor)
 
 
 def _hidden(norm: Any) -> Tensor:
@@ -136,83 +176,80 @@ def _hidden(norm: Any) -> Tensor:
     return torch.randn(3, norm.weight.numel(), generator=generator, dtype=norm.weight.dtype)
 
 
-def narrowed(layer: Any, prepared: Layer) -> Layer:
+def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:
     """A prepared layer whose matrices are those of one in half precision; see `NarrowMatrix`."""
-    attention, mlp = layer.self_attn, layer.mlp
-    q, k, v, out = (getattr(attention, f"{name}_proj").weight for name in "qkvo")
-    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    parts, paired = LayerParts.of(layer, model.decoder.config), model.turns.paired
+    query, key = parts.query, parts.key
 
     def qkv() -> Tensor:
-        return torch.cat([_paired(q, attention.head_dim), _paired(k, attention.head_dim), v])
+        turned = (_paired(rows, parts.head_dim, paired) for rows in (query, key))
+        return torch.cat([*turned, parts.value])
 
     def matrix(make: Callable[[], Tensor], size: int, norm: Any = None) -> NarrowMatrix:
         factor = None if norm is None else gain(wide(norm)).detach()
         return NarrowMatrix(lambda: make().detach(), factor, torch.ones(size))
 
-    first = matrix(qkv, len(q) + 2 * len(k), layer.input_layernorm)
+    first = matrix(qkv, len(query) + 2 * len(key), parts.attention_norm)
     if prepared.qk_gain is None:
-        first.scale[: len(q)] = attention.scaling
-    return replace(
-        prepared,
-        qkv=first,
-        out=matrix(lambda: out, len(out)),
-        gate_up=matrix(lambda: torch.cat([gate, up]), 2 * len(up), layer.post_attention_layernorm),
-        down=matrix(lambda: down, len(down)),
-    )
+        first.scale[: len(query)] = parts.scaling
+    out = matrix(lambda: parts.out, len(parts.out))
+    down = matrix(lambda: parts.down, len(parts.down))
+    for added in (out, down):
+        added.scale.mul_(parts.multiplier)
+    gate_up = matrix(lambda: torch.cat([parts.gate, parts.up]), 2 * len(parts.up), parts.mlp_norm)
+    return replace(prepared, qkv=first, out=out, gate_up=gate_up, down=down)
 
 
-def _floor(norm: Any) -> float:
-    """The least that a norm of this size divides by; see `FusedModel`."""
-    return 0.0 if norm is None else math.sqrt(norm.weight.numel() * norm.variance_epsilon)
-
-
-def gain(norm: Any) -> Tensor:
-    """A norm's gain with the factor that dividing by the length leaves out; see `FusedModel`."""
-    return norm.weight * math.sqrt(norm.weight.numel())
-
-
-def _layer(layer: Any, order: Callable[[Tensor], Tensor]) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    for module in linears:
-        if type(module) is not nn.Linear:
-            kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-            raise Unfit(f"it has {kind} in place of a linear layer")
-    if any(m.bias is not None for m in linears[4:]):
-        raise Unfit("its MLP has biases")
-    scale = attention.scaling
-    input_gain, mlp_gain = gain(layer.input_layernorm), gain(layer.post_attention_layernorm)
-    q, k, v = (m.weight * input_gain for m in linears[:3])
-    biases = [m.bias for m in linears[:3]]
-    qk_gain = None
-    if hasattr(attention, "q_norm"):
-        heads = q.shape[0] // attention.head_dim, k.shape[0] // attention.head_dim
-        q_gain, k_gain = gain(attention.q_norm) * scale, gain(attention.k_norm)
-        qk_gain = side_by_side(
-            torch.cat([q_gain.expand(heads[0], -1), k_gain.expand(heads[1], -1)])
-        )
+def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) -> Layer:
+    """Prepare one layer: fold in what can be."""
+    q, k, v = (_with_gain(w, parts.attention_norm) for w in (parts.query, parts.key, parts.value))
+    *biases, out_bias = parts.biases
+    qk_gain, head_dim = None, parts.head_dim
+    if parts.query_norm is not None:
+        gains = [gain(norm) for norm in (parts.query_norm, parts.key_norm)]
+        by_head = [
+            rows.view(-1, head_dim).expand(len(weight) // head_dim, -1)
+            for rows, weight in zip(gains, (q, k), strict=True)
+        ]
+        qk_gain = _in_pairs(torch.cat([by_head[0] * parts.scaling, by_head[1]]), paired)
     else:
-        q = q * scale
-        biases[0] = None if biases[0] is None else biases[0] * scale
-    q, k = (_paired(m, attention.head_dim) for m in (q, k))
-    biases[:2] = (None if b is None else _paired(b, attention.head_dim) for b in biases[:2])
+        q = q * parts.scaling
+        biases[0] = None if biases[0] is None else biases[0] * parts.scaling
+    q, k = (_paired(rows, head_dim, paired) for rows in (q, k))
+    biases[:2] = (None if b is None else _paired(b, head_dim, paired) for b in biases[:2])
+    gate_up = torch.cat([_with_gain(rows, parts.mlp_norm) for rows in (parts.gate, parts.up)])
     return Layer(
         qkv=order(torch.cat([q, k, v]).t()),
         qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
         qk_gain=qk_gain,
-        out=order(linears[3].weight.t()),
-        out_bias=linears[3].bias,
-        gate_up=order(torch.cat([m.weight * mlp_gain for m in linears[4:6]]).t()),
-        down=order(linears[6].weight.t()),
+        out=order(_times(parts.out, parts.multiplier).t()),
+        out_bias=None if out_bias is None else out_bias * parts.multiplier,
+        gate_up=order(gate_up.t()),
+        down=order(_times(parts.down, parts.multiplier).t()),
+        mixed_gain=None if parts.mixed_norm is None else gain(parts.mixed_norm),
+        output_gain=None if parts.output_norm is None else gain(parts.output_norm),
     )
 
 
-def _paired(rows: Tensor, head_dim: int) -> Tensor:
+def _times(weight: Tensor, factor: float) -> Tensor:
+    """A weight times a factor; the weight itself, not a copy, if that changes nothing."""
+    return weight if factor == 1.0 else weight * factor
+
+
+def _with_gain(weight: Tensor, norm: Any) -> Tensor:
+    """A weight [out, in] for what a norm gives without its gain."""
+    return weight if norm is None else weight * gain(norm)
+
+
+def _paired(rows: Tensor, head_dim: int, width: int) -> Tensor:
     """Rows [heads * head_dim, ...] of a projection, each head's in the order of `KVCache.pair`."""
-    return (
-        side_by_side(rows.unflatten(0, (-1, head_dim)).movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
-    )
+    by_head = rows.unflatten(0, (-1, head_dim)).movedim(1, -1)
+    return _in_pairs(by_head, width).movedim(-1, 1).flatten(0, 1)
+
+
+def _in_pairs(x: Tensor, width: int) -> Tensor:
+    """The first `width` of the last coordinates in the order of `KVCache.pair`."""
+    return torch.cat([side_by_side(x[..., :width]), x[..., width:]], dim=-1)
 
 
 def _as_it_is(matrix: Tensor) -> Tensor:
@@ -248,7 +285,7 @@ def _compared(
     """What the module back end's layer `index` makes of `states`; `Unfit` if ours makes others."""
     caches = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
     stack = model.layers[index].qkv, None  # which is not needed to run it
-    ours = FusedSegment(model, index, index + 1, stack, Workspace(model.sizes))
+    ours = FusedSegment(model, index, index + 1, stack, Workspace(model.sizes, len(model.turns)))
     found = []
     for hidden in states:
         theirs = decoder.run(hidden, index, index + 1, caches[1])

@@ -22,7 +22,7 @@ from ..confidence import Confidences, Summary
 from ..decoder import Decoder
 from ..kernels import operations, plain
 from .cache import KVCache, Span
-from .fusing import Unfit
+from .layer_parts import Unfit
 from .recorder import Captured, Recorder
 from .slab import Slab, SlabCache, Slabs, Workspace, lasting
 from .static import StaticModel, build, norm_of

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .fused import FusedModel, Matrix
 from .int8 import MATRICES, Int8Matrix
+from .layer_parts import GELU
 from .machine_code import kernel
 from .narrow import NarrowMatrix, bits
 from .positions import SLIDING
@@ -52,12 +53,27 @@ class CompiledModel:
     biases: tuple[Any, ...]  # of qkv and out, and gains; see `kernels.cpu`
     floors: Any
     windows: Any
+    rotations: Any
+    traits: Any
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """All of it, as `kernels.cpu` takes it."""
+        return (
+            self.weights,
+            self.scales,
+            self.biases,
+            self.floors,
+            self.windows,
+            self.rotations,
+            self.traits,
+        )
 
     @classmethod
     def of(cls, model: FusedModel) -> "CompiledModel":
         """Copy the layers' weights."""
         positions, layers = model.decoder.positions, model.layers
-        like, window = model.qk_floor, positions.window or 0
+        like, window, traits = model.qk_floors, positions.window or 0, model.traits
         weights, scales = _in_order([[getattr(x, name) for name in MATRICES] for x in layers], like)
         biases = [
             _stacked([getattr(layer, name) for layer in layers], axes, like)
@@ -67,13 +83,19 @@ class CompiledModel:
             _stacked([gain_of(getattr(layer, name)) for layer in layers], 1, like)
             for name in ("qkv", "gate_up")
         ]
+        biases += [
+            _stacked([getattr(layer, name) for layer in layers], 1, like)
+            for name in ("mixed_gain", "output_gain")
+        ]
         return cls(
             model,
             weights,
             scales,
             tuple(biases),
-            like.new_tensor([model.sizes.floor, float(model.qk_floor)]).numpy(),
+            torch.cat([like.new_tensor([model.sizes.floor]), like]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
+            np.array(model.turns.of_layer),
+            np.array([traits.normed_first, traits.whole_heads, traits.activation == GELU]),
         )
 
 

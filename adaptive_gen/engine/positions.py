@@ -52,7 +52,6 @@ class Positions:
         # Whether one table of rotary embeddings serves texts of any length.
         self.tabled = rope_types <= _STATIC_ROPE
         self._tables: dict[Any, Block] = {}  # by dtype and device
-        self._turns: dict[Any, tuple[Block, Tensor]] = {}  # a table, and it as complex numbers
 
     def block(self, hidden: Tensor, where: Span | int) -> Block:
         """Positions, rotary embeddings and masks for a block.
@@ -65,7 +64,7 @@ class Positions:
             where = Span((where,), (hidden.shape[1],))
         if not self.tabled:
             ids = where.positions(hidden.device)
-            embeddings = self._embed(hidden, ids)
+            embeddings = self.embeddings(hidden, ids)
         else:
             table = self._grown_table(hidden, where.stop)
             if where.even:
@@ -76,22 +75,6 @@ class Positions:
         attention = self._config._attn_implementation
         masks = {kind: self._mask(kind, attention, hidden, where, ids) for kind in self.types}
         return Block(ids, embeddings, masks)
-
-    def turns(self, hidden: Tensor, where: Span) -> Tensor:
-        """Rotary embeddings as complex numbers, [rows or 1, time, head_dim / 2].
-
-        They are those of all layers where `rotary_by_type` does not hold.
-        """
-        if not self.tabled:
-            return _as_complex(*self._embed(hidden, where.positions(hidden.device))[self.types[0]])
-        table, kind = self._grown_table(hidden, where.stop), (hidden.dtype, hidden.device)
-        known, turns = self._turns.get(kind, (None, hidden))
-        if known is not table:
-            turns = _as_complex(*table.embeddings[self.types[0]])
-            self._turns[kind] = table, turns
-        if where.even:
-            return turns[:, where.starts[0] : where.stop]
-        return turns[0, where.positions(hidden.device)]
 
     def masks(self, hidden: Tensor, where: Span) -> dict[str, Tensor | None]:
         """Which keys a block's tokens see, by layer type: as `Block` has it, true where they do."""
@@ -104,10 +87,20 @@ class Positions:
         Only where one table serves all layers and lengths.
         """
         ids = torch.arange(length, device=hidden.device)[None]
-        cos, sin = self._embed(hidden, ids)[self.types[0]]
+        cos, sin = self.embeddings(hidden, ids)[self.types[0]]
         return cos[0], sin[0]
 
-    def _embed(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    @property
+    def width(self) -> int:
+        """Coordinates of each query and key that the rotary embedding turns."""
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        return self.embeddings(torch.zeros(1), ids)[self.types[0]][0].shape[-1]
+
+    def embeddings(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rotary cos and sin at positions [rows, time], by layer type: [rows, time, width] each.
+
+        They are in the dtype and on the device of `hidden`.
+        """
         if self.rotary_by_type:
             return {kind: self._rotary(hidden, ids, kind) for kind in self.types}
         embedding = self._rotary(hidden, ids)
@@ -119,7 +112,7 @@ class Positions:
         if table is not None and table.position_ids.shape[1] >= length:
             return table
         ids = torch.arange(max(256, 1 << length.bit_length()), device=hidden.device)[None]
-        table = Block(ids, self._embed(hidden, ids), {})
+        table = Block(ids, self.embeddings(hidden, ids), {})
         self._tables[hidden.dtype, hidden.device] = table
         return table
 
@@ -150,12 +143,6 @@ class Positions:
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(
             ~allowed, torch.finfo(hidden.dtype).min
         )
-
-
-def _as_complex(cos: Tensor, sin: Tensor) -> Tensor:
-    """What `cos` and `sin` [..., head_dim], alike in both halves, do to pairs of coordinates."""
-    half = cos.shape[-1] // 2
-    return torch.complex(cos[..., :half], sin[..., :half])
 
 
 def _cut(table: Block, start: int, stop: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

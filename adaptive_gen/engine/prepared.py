@@ -1,6 +1,6 @@
 """A model's weights as its back ends need them: made once, and anew when the model has changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ..decoder import Decoder
 from .compiled import prepared
 from .fused import FusedModel, Matrix
-from .fusing import Unfit, fuse, narrowed, stacked
+from .fusing import Kept, fuse, narrowed, stacked
 from .graphs import Graphs
 from .int8 import quantised
+from .layer_parts import Unfit
 from .narrow import BITS
 from .panelled import CompiledModel, missing
 from .recorder import Direct
@@ -154,10 +155,10 @@ class Prepared:
             return str(error)
         return ""
 
-    def _kept_of_layers(self) -> Callable[[Any, Any], Any] | None:
+    def _kept_of_layers(self) -> Kept | None:
         """See `fuse`."""
         if self._weights == "int8":
-            return lambda _, prepared: quantised(prepared)
+            return lambda _, prepared, __: quantised(prepared)
         return narrowed if self._decoder.dtype in BITS else None
 
     def _unfit_for_graphs(self, name: str) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..decoder import Decoder
 from ..kernels.operations import Operations
 from ..kernels.plan import Heads
-from .fusing import Unfit
+from .layer_parts import Unfit
 from .positions import SLIDING
 from .slab import Slab, Workspace
 

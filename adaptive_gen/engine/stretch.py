@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..confidence import GATE
 from ..policy import ByThreshold
@@ -20,7 +19,8 @@ from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
-from .fusing import gain, wide
+from .fusing import wide
+from .layer_parts import gain
 from .machine_code import kernel
 from .narrow import bits
 from .scheduler import Scheduler
@@ -69,22 +69,22 @@ class Stretch:
         readout, rules = scheduler.readout, scheduler.rules
         assert isinstance(first, CompiledSegment) and isinstance(readout, CompiledReadout)
         self._compiled = model = first.model
-        self._like = like = model.fused.qk_floor
+        self._like = like = model.fused.qk_floors
         sizes = model.fused.sizes
         # A queue holds at most `queue_cap` tokens of a row when a block comes through it.
         self._room, rows = 1 + rules.queue_cap * scheduler.last, len(scheduler.rows)
-        self._desk = Desk(sizes, like, rows * self._room)
+        self._desk = Desk(sizes, model.fused.turns, like, rows * self._room)
         width = self._desk.x.shape[1]
         queues = like.new_zeros(scheduler.last + 1, rows, self._room, width)
         self._queues, self._waiting = queues[..., : sizes.hidden], queues.numpy()
         self._views: list[torch.Tensor] = []  # of the queues, for the rows there are
         self._places = np.zeros((rows * self._room, 2), np.int64)
-        layers = model.weights, model.scales, model.biases, model.floors, model.windows
-        embedding = scheduler.decoder.plain_embedding
-        assert embedding is not None
+        plain = scheduler.decoder.plain_embedding
+        assert plain is not None
+        table, factor = bits(plain[0].weight.detach()).numpy(), like.new_tensor([plain[1]]).numpy()
         head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
-        self._model = bits(embedding.weight.detach()).numpy(), layers, head, self._gate(), bounds
+        self._model = (table, factor), model.layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
@@ -150,9 +150,8 @@ class Stretch:
         """Keys and values, turns and buffers for positions below `stop`."""
         cache, sizes = self._scheduler.cache, self._compiled.fused.sizes
         memory = cache.memory(stop, self._like, sizes.kv_heads, sizes.head_dim)
-        cache.pair(True)
-        positions = self._scheduler.decoder.positions
-        turns = self._desk.turns_until(positions, self._like, stop)
+        cache.pair(self._compiled.fused.turns.paired)
+        turns = self._desk.turns_until(self._like, stop)
         return self._desk.memory(memory), turns, self._desk.buffers(stop)
 
     def _in_front(self) -> Any:
@@ -260,10 +259,6 @@ def unfit(scheduler: Scheduler, lossless: bool) -> str:
         return "its prompt may wait in the queues"
     if not scheduler.decoder.positions.tabled:
         return "its rotary embedding depends on its length"
-    if (
-        type(embedding) is not nn.Embedding
-        or embedding.max_norm is not None
-        or bool(embedding._forward_hooks or embedding._forward_pre_hooks)
-    ):
-        return "its embedding is more than a table"
+    if embedding is None:
+        return "its embedding is more than a table and a factor"
     return ""

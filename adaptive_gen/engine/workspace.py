@@ -31,14 +31,15 @@ class Sizes:
 class Room:
     """The buffers of a block [rows, time, hidden], and the views into them."""
 
-    def __init__(self, sizes: Sizes, rows: int, time: int, like: Tensor):
-        """Make them, in the dtype and on the device of `like`."""
+    def __init__(self, sizes: Sizes, kinds: int, rows: int, time: int, like: Tensor):
+        """Make them for `kinds` of rotation, in the dtype and on the device of `like`."""
         heads, kv_heads, head_dim = sizes.heads, sizes.kv_heads, sizes.head_dim
         every = heads + 2 * kv_heads
         # One coordinate behind each hidden state holds the norm's floor: the length of the whole
         # row is then what the norm divides by.
         self._rows = like.new_zeros(rows * time, sizes.hidden + _MARGIN)
         self._rows[:, sizes.hidden] = sizes.floor
+        self.floor = like.new_tensor(sizes.floor)
         self.x = self._rows[:, : sizes.hidden]
         self.hidden = self._rows.view(rows, time, -1)[..., : sizes.hidden]
         self._length = like.new_empty(rows * time, 1)
@@ -50,8 +51,10 @@ class Room:
         self._source = torch.view_as_complex(by_head.unflatten(-1, (-1, 2))).transpose(1, 2)
         turned = like.new_empty(rows, every, time, head_dim)
         self._turned = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
-        self.turns = torch.ones_like(self._turned)  # of values it stays 1
-        self._turns_of_qk = self.turns[:, : heads + kv_heads]
+        # [kinds, rows, heads + 2 kv_heads, time, head_dim / 2]; of values it stays 1.
+        self.turns = torch.ones_like(self._turned).expand(kinds, *self._turned.shape).clone()
+        self._turns_of_qk = self.turns[:, :, : heads + kv_heads]
+        self._turns_by_kind = self.turns.unbind()
         self._starts: tuple[int, ...] | None = None
 
         self.query = turned[:, :heads]  # [rows, heads, time, head_dim]
@@ -75,23 +78,27 @@ class Room:
         torch.linalg.vector_norm(self._rows, dim=-1, keepdim=True, out=self._length)
         return torch.div(self.x, self._length, out=self._normed)
 
-    def norm_heads(self, gain: Tensor, floor: Tensor) -> None:
-        """Norm queries and keys, head by head."""
-        length = torch.linalg.vector_norm(self._qk, dim=-1, keepdim=True)
-        self._qk.div_(length.hypot_(floor)).mul_(gain)
+    def norm_heads(self, gain: Tensor, floors: Tensor, whole: bool) -> None:
+        """Norm queries and keys, head by head or as a whole; see `FusedModel`."""
+        if not whole:
+            norm_heads(self._qk, gain, floors[0], whole)
+            return
+        heads = self.query.shape[1]
+        norm_heads(self._qk[:, :, :heads], gain[:heads], floors[0], whole)
+        norm_heads(self._qk[:, :, heads:], gain[heads:], floors[1], whole)
 
     def place(self, starts: tuple[int, ...], turns: Tensor) -> None:
-        """Take the rotations [rows or 1, time, head_dim / 2] of blocks that begin at `starts`."""
-        self._turns_of_qk.copy_(turns[:, None])
+        """Take the rotations of blocks that begin at `starts`, as `Turns` gives them."""
+        self._turns_of_qk.copy_(turns.permute(2, 0, 1, 3)[:, :, None])
         self._starts = starts
 
     def placed(self, starts: tuple[int, ...]) -> bool:
         """Whether the rotations are those of blocks that begin at `starts`."""
         return self._starts == starts
 
-    def turn(self) -> None:
-        """Rotate queries and keys; values come along as they are."""
-        torch.mul(self._source, self.turns, out=self._turned)
+    def turn(self, kind: int) -> None:
+        """Rotate queries and keys in one of the model's ways; values come along as they are."""
+        torch.mul(self._source, self._turns_by_kind[kind], out=self._turned)
 
     def grouped(self) -> Tensor:
         """The rotated queries, [rows * kv_heads, heads / kv_heads * time, head_dim]."""
@@ -105,9 +112,9 @@ class Room:
 class Workspace:
     """The rooms of one generation: what runs in two threads must not share them."""
 
-    def __init__(self, sizes: Sizes):
-        """Start without any."""
-        self._sizes = sizes
+    def __init__(self, sizes: Sizes, kinds: int):
+        """Start without any, for a model with so many kinds of rotation."""
+        self._sizes, self._kinds = sizes, kinds
         self._rooms: dict[tuple[int, int], Room] = {}
 
     def room(self, hidden: Tensor) -> Room:
@@ -115,7 +122,14 @@ class Workspace:
         rows, time, _ = hidden.shape
         found = self._rooms.get((rows, time))
         if found is None:
-            found = Room(self._sizes, rows, time, hidden)
+            found = Room(self._sizes, self._kinds, rows, time, hidden)
             if rows * time <= _MOST_KEPT:
                 self._rooms[rows, time] = found
         return found
+
+
+def norm_heads(heads: Tensor, gain: Tensor, floor: Tensor, whole: bool) -> None:
+    """Norm [.., heads, head_dim] in place, each by itself or as a whole, see `FusedModel`."""
+    dims = (-2, -1) if whole else -1
+    length = torch.linalg.vector_norm(heads, dim=dims, keepdim=True)
+    heads.div_(length.hypot_(floor)).mul_(gain)

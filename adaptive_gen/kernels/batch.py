@@ -42,7 +42,6 @@ def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
     """Run segment s for the rows that wait there; returns how many they are."""
     x, place, turn, _, taking, turns, buffers = desk
     kv, waiting, counts, lengths, stages, _, tallies = state
-    weights, scales, biases, floors, windows = model[1]
     bounds, last = model[4], counts.shape[0] - 1
     rows = block = 0
     for r in range(len(stages)):
@@ -66,11 +65,7 @@ def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
         place[:block],
         turn[:block],
         kv,
-        weights,
-        scales,
-        biases,
-        floors,
-        windows,
+        model[1],
         buffers,
     )
     tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]

@@ -9,6 +9,7 @@ Everything works on numpy arrays of one float dtype, but for weights (see `produ
 Axes: `tokens`, `hidden`, `heads`, `kv_heads`, `head_dim`, `layers`, `panels`.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .logits import two_of_panels
 from .panels import PANEL
 from .products import add_product, compiled
+
+NORMED_FIRST, WHOLE_HEADS, APPROXIMATE_GELU = range(3)  # of a model's traits
+# GELU's approximation is x / (1 + exp(-_STEEP * (x + _CUBIC * x^3))).
+_STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 @compiled
@@ -62,16 +67,30 @@ def _turn(heads: Any, turn: Any) -> None:
 
 
 @compiled
-def _norm_heads(heads: Any, gain: Any, floor: float) -> None:
-    """Norm queries and keys [heads, head_dim], head by head."""
-    for h in range(heads.shape[0]):
-        head = heads[h]
+def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: int) -> None:
+    """Add what `norm` makes of x, times a gain [hidden], to y."""
+    norm(x, floor, normed, tokens)
+    for m in range(tokens):
+        row, into = normed[m], y[m]
+        for n in range(gain.shape[0]):
+            into[n] += row[n] * gain[n]
+
+
+@compiled
+def _norm_heads(heads: Any, gain: Any, floor: float, whole: bool) -> None:
+    """Norm queries or keys [heads, head_dim], head by head or as a whole; there may be none."""
+    together = max(1, heads.shape[0]) if whole else 1
+    for first in range(0, heads.shape[0], together):
         total = heads.dtype.type(floor * floor)
-        for d in range(head.shape[0]):
-            total += head[d] * head[d]
+        for h in range(first, first + together):
+            head = heads[h]
+            for d in range(head.shape[0]):
+                total += head[d] * head[d]
         factor = heads.dtype.type(1) / np.sqrt(total)
-        for d in range(head.shape[0]):
-            head[d] *= factor * gain[h, d]
+        for h in range(first, first + together):
+            head = heads[h]
+            for d in range(head.shape[0]):
+                head[d] *= factor * gain[h, d]
 
 
 @compiled
@@ -83,8 +102,7 @@ def _place(
     kv: Any,
     layer: int,
     place: Any,
-    gains: Any,
-    floor: float,
+    layers: Any,
 ) -> None:
     """Norm and rotate queries and keys, in place, and put keys and values into the cache.
 
@@ -92,11 +110,11 @@ def _place(
         projected: queries, keys and values of each token, [room, qkv in whole panels].
         first: head to begin with: `heads` leaves the queries out.
         heads: queries of a token.
-        turns: see `run_layers`; likewise `kv` and `place`.
+        turns: see `run_layers`; likewise `kv`, `place` and `layers`.
         layer: which one.
-        gains: of queries and keys, [heads + kv_heads, head_dim], if there are any.
-        floor: what their norms divide by at least.
     """
+    _, _, biases, floors, _, rotations, traits = layers
+    gains, kind, kinds = biases[2][layer], rotations[layer], turns.shape[1]
     head_dim, kv_heads = kv.shape[5], kv.shape[3]
     turned, every = heads + kv_heads, heads + 2 * kv_heads
     wide = by_lanes(kv) and head_dim % LANES == 0
@@ -104,10 +122,12 @@ def _place(
         row, position = place[m, 0], place[m, 1]
         if gains.shape[0]:
             by_head = projected[m, : every * head_dim].reshape(every, head_dim)
-            _norm_heads(by_head[first:turned], gains[first:], floor)
+            whole = traits[WHOLE_HEADS]
+            _norm_heads(by_head[first:heads], gains[first:heads], floors[1], whole)
+            _norm_heads(by_head[heads:turned], gains[heads:turned], floors[2], whole)
         if wide:
             at = projected.ctypes.data + 4 * m * projected.shape[1]
-            turn = turns.ctypes.data + 4 * m * head_dim
+            turn = turns.ctypes.data + 4 * (m * kinds + kind) * head_dim
             for n in range(first * head_dim, turned * head_dim, LANES):
                 turn_pairs(at + 4 * n, turn + 4 * (n % head_dim))
             into = kv.ctypes.data + layer * kv.strides[0] + row * kv.strides[2]
@@ -120,7 +140,7 @@ def _place(
                 into += kv.strides[3]
             continue
         by_head = projected[m, : every * head_dim].reshape(every, head_dim)
-        _turn(by_head[first:turned], turns[m])
+        _turn(by_head[first:turned], turns[m, kind])
         for h in range(kv_heads):
             kv[layer, 0, row, h, position] = by_head[heads + h]
             kv[layer, 1, row, h, position] = by_head[turned + h]
@@ -135,6 +155,34 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
 
 
 @compiled
+def _given(x: Any, layers: Any, gain: Any, normed: Any, tokens: int) -> None:
+    """Write what attention or the MLP is given of hidden states: normed or as they are."""
+    _, _, _, floors, _, _, traits = layers
+    if traits[NORMED_FIRST]:
+        norm(x, floors[0], normed, tokens)
+        apply_gain(gain, normed, normed, tokens)
+    else:
+        for m in range(tokens):
+            normed[m] = x[m, : normed.shape[1]]
+
+
+@compiled
+def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> None:
+    """Let the gates, `inner` numbers of each token, through to what lies behind them."""
+    one = wide.dtype.type(1)
+    steep, cubic = wide.dtype.type(_STEEP), wide.dtype.type(_CUBIC)
+    for m in range(tokens):
+        gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
+        if approximate_gelu:
+            for n in range(inner):
+                g = gate[n]
+                gate[n] = g / (one + exp(-steep * (g + cubic * g * g * g))) * up[n]
+        else:
+            for n in range(inner):
+                gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
+
+
+@compiled
 def run_layers(
     start: int,
     stop: int,
@@ -143,11 +191,7 @@ def run_layers(
     place: Any,
     turns: Any,
     kv: Any,
-    weights: Any,
-    scales: Any,
-    biases: Any,
-    floors: Any,
-    windows: Any,
+    layers: Any,
     buffers: Any,
 ) -> None:
     """Run layers `start`..`stop` on tokens, in place.
@@ -160,47 +204,59 @@ def run_layers(
         x: hidden states, [room, hidden in whole panels].
         place: [tokens, 2], each token's row of the cache and its position. Tokens of one row come
             in order; each sees those before it and the row's in the cache.
-        turns: [tokens, head_dim / 2, 2], cos and sin at each token's position.
+        turns: [tokens, kinds, head_dim / 2, 2], cos and sin at each token's position.
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
-        weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL]; see `add_product`.
-        scales: of their columns, each [layers, panels * PANEL].
-        biases: of qkv and out, each [layers, out]; gains of queries and keys, [layers, heads +
-            kv_heads, head_dim]; and gains of hidden states before qkv and before gate and up,
-            [layers, hidden] each. A model without one has none in the second axis.
-        floors: what norms of hidden states, and of queries and keys, divide by at least.
-        windows: of each layer, how many positions a token sees; 0 is all.
+        layers: what they are made of, each by layer:
+            weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL]; see
+            `add_product`.
+            scales: of their columns, each [layers, panels * PANEL].
+            biases: of qkv and out, each [layers, out]; gains of queries and keys, [layers, heads +
+            kv_heads, head_dim]; and gains of hidden states before qkv and before gate and up, and
+            of what attention and the MLP give, [layers, hidden] each. A model without one has none
+            in the second axis; without the last two it does not norm what they are of.
+            floors: what norms of hidden states, of queries and of keys divide by at least, [3].
+            windows: how many positions a token sees, [layers]; 0 is all.
+            rotations: which kind each layer turns by, [layers].
+            traits: [3], by NORMED_FIRST, WHOLE_HEADS and APPROXIMATE_GELU.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
-            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], scores, see
-            `attending.attend`, and who helps, see `team`.
+            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], added [room,
+            hidden in whole panels], scores, see `attending.attend`, and who helps, see `team`.
     """
+    weights, scales, biases, floors, windows, _, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
-    qkv_bias, out_bias, gains, first_gain, second_gain = biases
-    normed, projected, mixed, wide, scores, team = buffers
+    qkv_bias, out_bias, _, first_gain, second_gain, mixed_gain, output_gain = biases
+    normed, projected, mixed, wide, added, scores, team = buffers
     tokens, inner = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
-    one = x.dtype.type(1)
     for layer in range(start, stop):
-        norm(x, floors[0], normed, tokens)
-        apply_gain(first_gain[layer], normed, normed, tokens)
+        _given(x, layers, first_gain[layer], normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
-        _place(projected, 0, heads, turns, kv, layer, place, gains[layer], floors[1])
+        _place(projected, 0, heads, turns, kv, layer, place, layers)
         left_out = tokens - wanted if layer == stop - 1 else 0
         going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
         attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, team)
-        add_product(mixed, out[layer], out_scale[layer], y, going, team)
-        _add_bias(y, out_bias[layer], going)
-        norm(y, floors[0], normed, going)
-        apply_gain(second_gain[layer], normed, normed, going)
+        normed_after = mixed_gain.shape[1] > 0
+        into = added if normed_after else y
+        if normed_after:
+            added[:going] = 0
+        add_product(mixed, out[layer], out_scale[layer], into, going, team)
+        _add_bias(into, out_bias[layer], going)
+        if normed_after:
+            _add_normed(added, floors[0], mixed_gain[layer], normed, y, going)
+        _given(y, layers, second_gain[layer], normed, going)
         wide[:going] = 0
         add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
-        for m in range(going):
-            gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
-            for n in range(inner):
-                gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
-        add_product(wide, down[layer], down_scale[layer], y, going, team)
+        _activate(wide, inner, traits[APPROXIMATE_GELU], going)
+        normed_after = output_gain.shape[1] > 0
+        into = added if normed_after else y
+        if normed_after:
+            added[:going] = 0
+        add_product(wide, down[layer], down_scale[layer], into, going, team)
+        if normed_after:
+            _add_normed(added, floors[0], output_gain[layer], normed, y, going)
 
 
 @compiled
@@ -211,27 +267,21 @@ def store_layers(
     place: Any,
     turns: Any,
     kv: Any,
-    qkv: Any,
-    qkv_scale: Any,
-    biases: Any,
-    floors: Any,
-    heads: int,
+    layers: Any,
     buffers: Any,
 ) -> None:
-    """Give layers `start`..`stop` the tokens' keys and values only.
-
-    Arguments are those of `run_layers`; `heads` are the queries'.
-    """
-    qkv_bias, _, gains, first_gain, _ = biases
-    normed, projected, team = buffers[0], buffers[1], buffers[5]
+    """Give layers `start`..`stop` the tokens' keys and values only; see `run_layers`."""
+    weights, scales, biases, _, _, _, _ = layers
+    qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
+    qkv_bias, first_gain = biases[0], biases[3]
+    normed, projected, team = buffers[0], buffers[1], buffers[6]
     tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
     for layer in range(start, stop):
-        norm(x, floors[0], normed, tokens)
-        apply_gain(first_gain[layer], normed, normed, tokens)
+        _given(x, layers, first_gain[layer], normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
         _add_bias(projected, qkv_bias[layer], tokens)
-        _place(projected, heads, heads, turns, kv, layer, place, gains[layer], floors[1])
+        _place(projected, heads, heads, turns, kv, layer, place, layers)
 
 
 @compiled

@@ -6,10 +6,9 @@ thresholds, worked out beforehand for every position.
 
 What belongs together travels together:
 
-- `model`: embedding, see `embed`; weights, scales, biases, floors and windows of the layers, see
-  `cpu.run_layers`; the head, see `screen`; the gates' weights [exits, hidden], for what `cpu.norm`
-  gives, and biases [exits]; layers that have run before each segment, and all of them,
-  [segments + 1].
+- `model`: embedding, see `embed`; layers, see `cpu.run_layers`; the head, see `screen`; the gates'
+  weights [exits, hidden], for what `cpu.norm` gives, and biases [exits]; layers that have run
+  before each segment, and all of them, [segments + 1].
 - `desk`: hidden states [room, hidden in whole panels]; places [room, 2]; turns of every position;
   buffers of `cpu.run_layers`. `room` is that of a block which catches up.
 - `state`, which changes: keys and values, see `cpu.run_layers`, with room for all tokens; what
@@ -107,7 +106,6 @@ def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> N
     """Run segment s on the first `block` tokens of the desk; see `run_layers` for `wanted`."""
     x, place, turns, buffers = desk
     kv, _, _, lengths, tallies = state
-    weights, scales, biases, floors, windows = model[1]
     bounds, at = model[4], lengths[s]
     _set_out(place, at, block)
     run_layers(
@@ -118,11 +116,7 @@ def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> N
         place[:block],
         turns[at : at + block],
         kv,
-        weights,
-        scales,
-        biases,
-        floors,
-        windows,
+        model[1],
         buffers,
     )
     lengths[s] += block
@@ -134,9 +128,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     """Propagate the first `block` tokens of the desk through segment s, into the next queue."""
     x, place, turns, buffers = desk
     kv, _, _, lengths, tallies = state
-    weights, scales, biases, floors, _ = model[1]
     bounds, at = model[4], lengths[s]
-    heads = weights[1].shape[2] // kv.shape[5]
     _set_out(place, at, block)
     store_layers(
         bounds[s],
@@ -145,11 +137,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
         place[:block],
         turns[at : at + block],
         kv,
-        weights[0],
-        scales[0],
-        biases,
-        floors,
-        heads,
+        model[1],
         buffers,
     )
     lengths[s] += block
@@ -217,17 +205,19 @@ def descend(
 
 
 @compiled
-def embed(table: Any, token: int, x: Any) -> None:
+def embed(embedding: Any, token: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
     Args:
-        table: [vocab, hidden], of x's dtype; or one of `half`'s two, for x in float32.
+        embedding: a table [vocab, hidden], of x's dtype, or one of `half`'s two for x in float32;
+            and a factor of it, [1].
         token: whose.
         x: [hidden or more].
     """
+    table, factor = embedding
     row = table[token]
     for n in range(row.shape[0]):
-        x[n] = number(row[n])
+        x[n] = number(row[n]) * factor[0]
 
 
 @compiled
