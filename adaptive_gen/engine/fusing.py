@@ -155,7 +155,7 @@ def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedRead
     norm, own = wide(norm), head.weight.detach()
     floor, gains, hidden = (
         norm.weight.new_tensor(floor_of(norm)),
-        gain(norm).detach(),
+        gain(norm),
         _hidden(norm),
     )
     if _difference(normed(hidden, floor) * gains, norm(hidden)) is not None:
@@ -186,7 +186,7 @@ def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:
         return torch.cat([*turned, parts.value])
 
     def matrix(make: Callable[[], Tensor], size: int, norm: Any = None) -> NarrowMatrix:
-        factor = None if norm is None else gain(wide(norm)).detach()
+        factor = None if norm is None else gain(wide(norm))
         return NarrowMatrix(lambda: make().detach(), factor, torch.ones(size))
 
     first = matrix(qkv, len(query) + 2 * len(key), parts.attention_norm)

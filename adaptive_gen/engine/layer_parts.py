@@ -162,7 +162,7 @@ def gain(norm: Any) -> Tensor:
 
     Gemma's norms have weights that 1 is added to, which is seen from what they do to ones.
     """
-    weight = norm.weight
+    weight = norm.weight.detach()
     given = norm(torch.ones_like(weight)).detach()
     gains = min(weight, 1 + weight, key=lambda g: float((given - g).abs().sum()))
     return gains * math.sqrt(weight.numel())

@@ -98,7 +98,7 @@ class Stretch:
         hidden, dtype = self._compiled.fused.sizes.hidden, _dtype(self._like)
         weights, biases = np.zeros((scheduler.last, hidden), dtype), np.zeros(scheduler.last, dtype)
         if gate is not None and scheduler.decoder.plain_readout is not None:
-            factor = gain(wide(scheduler.decoder.plain_readout[0])).detach()
+            factor = gain(wide(scheduler.decoder.plain_readout[0]))
             for i, segment in enumerate(scheduler.segments[:-1]):
                 if segment.stop in gate.weights:
                     weights[i] = (gate.weights[segment.stop] * factor).numpy()

@@ -102,7 +102,10 @@ def _place(
     kv: Any,
     layer: int,
     place: Any,
-    layers: Any,
+    gains: Any,
+    floors: Any,
+    whole: bool,
+    kind: int,
 ) -> None:
     """Norm and rotate queries and keys, in place, and put keys and values into the cache.
 
@@ -110,19 +113,19 @@ def _place(
         projected: queries, keys and values of each token, [room, qkv in whole panels].
         first: head to begin with: `heads` leaves the queries out.
         heads: queries of a token.
-        turns: see `run_layers`; likewise `kv`, `place` and `layers`.
+        turns: see `run_layers`; likewise `kv`, `place` and `floors`.
         layer: which one.
+        gains: of queries and keys, [heads + kv_heads, head_dim], if there are any.
+        whole: whether all heads are normed together.
+        kind: of rotation.
     """
-    _, _, biases, floors, _, rotations, traits = layers
-    gains, kind, kinds = biases[2][layer], rotations[layer], turns.shape[1]
-    head_dim, kv_heads = kv.shape[5], kv.shape[3]
+    head_dim, kv_heads, kinds = kv.shape[5], kv.shape[3], turns.shape[1]
     turned, every = heads + kv_heads, heads + 2 * kv_heads
     wide = by_lanes(kv) and head_dim % LANES == 0
     for m in range(place.shape[0]):
         row, position = place[m, 0], place[m, 1]
         if gains.shape[0]:
             by_head = projected[m, : every * head_dim].reshape(every, head_dim)
-            whole = traits[WHOLE_HEADS]
             _norm_heads(by_head[first:heads], gains[first:heads], floors[1], whole)
             _norm_heads(by_head[heads:turned], gains[heads:turned], floors[2], whole)
         if wide:
@@ -155,11 +158,10 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
 
 
 @compiled
-def _given(x: Any, layers: Any, gain: Any, normed: Any, tokens: int) -> None:
+def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: int) -> None:
     """Write what attention or the MLP is given of hidden states: normed or as they are."""
-    _, _, _, floors, _, _, traits = layers
-    if traits[NORMED_FIRST]:
-        norm(x, floors[0], normed, tokens)
+    if norms:
+        norm(x, floor, normed, tokens)
         apply_gain(gain, normed, normed, tokens)
     else:
         for m in range(tokens):
@@ -222,41 +224,42 @@ def run_layers(
             heads * head_dim], gate_up [room, 2 * intermediate in whole panels], added [room,
             hidden in whole panels], scores, see `attending.attend`, and who helps, see `team`.
     """
-    weights, scales, biases, floors, windows, _, traits = layers
+    weights, scales, biases, floors, windows, rotations, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
-    qkv_bias, out_bias, _, first_gain, second_gain, mixed_gain, output_gain = biases
+    qkv_bias, out_bias, gains, first_gain, second_gain, mixed_gain, output_gain = biases
     normed, projected, mixed, wide, added, scores, team = buffers
     tokens, inner = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
+    norms, whole, gelu = traits[NORMED_FIRST], traits[WHOLE_HEADS], traits[APPROXIMATE_GELU]
     for layer in range(start, stop):
-        _given(x, layers, first_gain[layer], normed, tokens)
+        _given(x, floors[0], norms, first_gain[layer], normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
         _add_bias(projected, qkv_bias[layer], tokens)
-        _place(projected, 0, heads, turns, kv, layer, place, layers)
+        norming = gains[layer], floors, whole, rotations[layer]
+        _place(projected, 0, heads, turns, kv, layer, place, *norming)
         left_out = tokens - wanted if layer == stop - 1 else 0
         going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
         attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, team)
-        normed_after = mixed_gain.shape[1] > 0
-        into = added if normed_after else y
-        if normed_after:
+        if mixed_gain.shape[1]:
             added[:going] = 0
-        add_product(mixed, out[layer], out_scale[layer], into, going, team)
-        _add_bias(into, out_bias[layer], going)
-        if normed_after:
+            add_product(mixed, out[layer], out_scale[layer], added, going, team)
+            _add_bias(added, out_bias[layer], going)
             _add_normed(added, floors[0], mixed_gain[layer], normed, y, going)
-        _given(y, layers, second_gain[layer], normed, going)
+        else:
+            add_product(mixed, out[layer], out_scale[layer], y, going, team)
+            _add_bias(y, out_bias[layer], going)
+        _given(y, floors[0], norms, second_gain[layer], normed, going)
         wide[:going] = 0
         add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
-        _activate(wide, inner, traits[APPROXIMATE_GELU], going)
-        normed_after = output_gain.shape[1] > 0
-        into = added if normed_after else y
-        if normed_after:
+        _activate(wide, inner, gelu, going)
+        if output_gain.shape[1]:
             added[:going] = 0
-        add_product(wide, down[layer], down_scale[layer], into, going, team)
-        if normed_after:
+            add_product(wide, down[layer], down_scale[layer], added, going, team)
             _add_normed(added, floors[0], output_gain[layer], normed, y, going)
+        else:
+            add_product(wide, down[layer], down_scale[layer], y, going, team)
 
 
 @compiled
@@ -271,17 +274,19 @@ def store_layers(
     buffers: Any,
 ) -> None:
     """Give layers `start`..`stop` the tokens' keys and values only; see `run_layers`."""
-    weights, scales, biases, _, _, _, _ = layers
+    weights, scales, biases, floors, _, rotations, traits = layers
     qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
-    qkv_bias, first_gain = biases[0], biases[3]
+    qkv_bias, gains, first_gain = biases[0], biases[2], biases[3]
+    norms, whole = traits[NORMED_FIRST], traits[WHOLE_HEADS]
     normed, projected, team = buffers[0], buffers[1], buffers[6]
     tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
     for layer in range(start, stop):
-        _given(x, layers, first_gain[layer], normed, tokens)
+        _given(x, floors[0], norms, first_gain[layer], normed, tokens)
         projected[:tokens] = 0
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
         _add_bias(projected, qkv_bias[layer], tokens)
-        _place(projected, heads, heads, turns, kv, layer, place, layers)
+        norming = gains[layer], floors, whole, rotations[layer]
+        _place(projected, heads, heads, turns, kv, layer, place, *norming)
 
 
 @compiled
