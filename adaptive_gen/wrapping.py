@@ -49,15 +49,15 @@ def wrap(
             else the quarter points.
         calibration: an artefact or the path of one.
         queue_cap: most tokens that wait for their deep layers before a deep pass is forced.
-        engine: "compiled" runs decoding steps of Llama-shaped layers in machine code (CPU; float32
-            and float64 with two copies of the layers' weights, bfloat16 and float16 with one and
-            hidden states in float32), "fused" as few plain operations (one copy; float32 and
-            float64), "module" calls the model's own layers. "auto" keeps to the one the calibration
-            was made on; without one it takes the first of these that can run the model with 4 GiB
-            of copies, and "compiled" only if a trial finds it no slower than the next. Both use
-            torch's threads. The first process on a machine compiles, under a minute once.
-            "graphs" captures Llama-shaped layers in CUDA graphs, "static" is the same without
-            capturing, on any device.
+        engine: "compiled" runs decoding steps in machine code, for the families that the README's
+            table says (CPU; float32 and float64 with two copies of the layers' weights, bfloat16
+            and float16 with one and hidden states in float32), "fused" as few plain operations (one
+            copy; float32 and float64), "module" calls the model's own layers. "auto" keeps to the
+            one the calibration was made on; without one it takes the first of these that can run
+            the model with 4 GiB of copies, and "compiled" only if a trial finds it no slower than
+            the next. Both use torch's threads. The first process on a machine compiles, under a
+            minute once. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is the same
+            without capturing, on any device.
         weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and
             not quite the same model (the README says by how much). The model's own weights stay as
             they are; they may be in half precision, and hidden states are then float32.

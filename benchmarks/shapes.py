@@ -54,7 +54,6 @@ OTHERS = (
     Shape("Gemma-3-270M", 18, 640, 2048, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("Gemma-3-1B", 26, 1152, 6912, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("OLMo-2-1B", 16, 2048, 8192, 16, 16, 128, 100352, family="olmo2"),
-    Shape("SmolLM3-3B", 36, 2048, 11008, 16, 4, 128, 128256, tied=True, family="smollm3"),
 )
 BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE, *OTHERS)}
 

@@ -110,7 +110,7 @@ def test_learned_prompts_are_refused():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_uncapped", "gpt2", "falcon"])
 def test_readouts_are_the_models_own_logits_in_every_precision(family, dtype, attention):
     """Compared along the text, since two equally good tokens may tie in half precision.
 

@@ -44,7 +44,7 @@ def test_it_computes_the_model_with_rounded_weights(tiny_llama):
     hidden, n_layers = decoder.embed(torch.arange(3, 23)[None]), decoder.n_layers
     states = []
     for model in (ours, replace(ours, layers=layers)):
-        workspace = Workspace(model.sizes)
+        workspace = Workspace(model.sizes, len(model.turns))
         segment = FusedSegment(model, 0, n_layers, stacked(model, 0, n_layers), workspace)
         states.append(segment.run(hidden, KVCache(n_layers)).clone())
     assert 0 < (states[0] - states[1]).norm() / states[1].norm() < 0.05

@@ -1,4 +1,4 @@
-"""The back end `fused`: Llama-shaped layers as few, plain tensor operations on the CPU.
+"""The back end `fused`: layers of Llama's kind as few, plain tensor operations on the CPU.
 
 On small models most of a decoding step is spent between the operations: module calls, norms in six
 steps, rotary embeddings that concatenate. Here a layer is four matrix products and eleven cheap

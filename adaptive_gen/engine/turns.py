@@ -38,10 +38,11 @@ class Turns:
         pairings = set(rotations) - {None}
         if len(pairings) > 1:
             raise Unfit("its layers pair coordinates in different ways")
-        types = positions.layer_types if positions.rotary_by_type else positions.types[:1]
+        one = positions.types[:1] * len(rotations)
+        types = positions.layer_types if positions.rotary_by_type else one
         kinds = [
-            None if rotation is None else types[index % len(types)]
-            for index, rotation in enumerate(rotations)
+            None if rotation is None else kind
+            for rotation, kind in zip(rotations, types, strict=True)
         ]
         self._kinds = list(dict.fromkeys(kinds))
         self.of_layer = [self._kinds.index(kind) for kind in kinds]

@@ -1,0 +1,90 @@
+"""What is read off a family's layers: where its norms are, what they multiply by, what is turned.
+
+That layers prepared from it are the model's is shown for every family in test_equivalence.py.
+"""
+
+import families
+import pytest
+import torch
+
+import adaptive_gen
+from adaptive_gen.decoder import Decoder
+from adaptive_gen.engine.cache import KVCache, side_by_side
+from adaptive_gen.engine.fusing import fuse
+from adaptive_gen.engine.layer_parts import GELU, SILU, Unfit, gain
+from adaptive_gen.engine.turns import HALVES, NEIGHBOURS, rotation_of
+from adaptive_gen.settings import state
+
+
+@torch.no_grad()
+def fused(family):
+    return fuse(Decoder(families.make(family)))
+
+
+@pytest.mark.parametrize(
+    ("family", "normed_first", "normed_after", "whole_heads", "activation"),
+    [
+        ("llama", True, False, False, SILU),
+        ("qwen3", True, False, False, SILU),
+        ("gemma", True, False, False, GELU),
+        ("gemma3_text", True, True, False, GELU),
+        ("glm4", True, True, False, SILU),
+        ("olmo2", False, True, True, SILU),
+        ("exaone4", False, True, False, SILU),
+    ],
+)
+def test_norms_and_gates_are_found_where_a_family_has_them(
+    family, normed_first, normed_after, whole_heads, activation
+):
+    model = fused(family)
+    assert (model.traits.normed_first, model.traits.whole_heads) == (normed_first, whole_heads)
+    assert model.traits.activation == activation
+    for layer in model.layers:
+        assert (layer.mixed_gain is not None) == (layer.output_gain is not None) == normed_after
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3_text", 1.0)])
+def test_a_gain_is_what_a_norm_multiplies_by(family, offset):
+    norm = families.make(family).model.norm
+    torch.testing.assert_close(gain(norm), (offset + norm.weight) * 32**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "pairing"),
+    [("llama", HALVES), ("phi3_partial", HALVES), ("glm4", NEIGHBOURS), ("helium", NEIGHBOURS)],
+)
+def test_what_a_layer_turns_together_is_seen_in_its_keys(family, pairing, dtype):
+    decoder = Decoder(families.make(family, dtype))
+    assert {rotation_of(decoder, index) for index in range(decoder.n_layers)} == {pairing}
+
+
+def test_layers_are_turned_by_their_own_embedding_or_not_at_all():
+    assert fused("smollm3").turns.of_layer == [0, 1, 0, 0, 1, 0]
+    assert fused("gemma3_text").turns.of_layer == [0, 1, 0, 1, 0, 1]
+    assert fused("exaone4").turns.of_layer == [0, 1, 0, 1, 0, 1]
+    assert len(fused("llama").turns) == 1
+
+
+def test_keys_turned_otherwise_are_refused():
+    """Hunyuan norms queries and keys behind the rotation."""
+    with pytest.raises(Unfit, match="keys are turned in another way"):
+        fused("hunyuan_v1_dense")
+
+
+def test_what_bends_numbers_too_little_to_be_seen_is_refused_all_the_same():
+    model = adaptive_gen.wrap(families.make("gemma2", attn_logit_softcapping=1e6))
+    assert state(model).backend.name == "module"
+    assert "attn_logit_softcapping" in state(model).backend.reason
+
+
+@pytest.mark.parametrize("width", [0, 4, 8])
+def test_a_caches_keys_are_put_in_another_order_and_back(width):
+    cache, keys = KVCache(1), torch.randn(1, 2, 5, 8)
+    cache.update(keys, keys, 0)
+    for order in (width, 8, width, 0):
+        cache.pair(order)
+        stored = cache.update(keys[:, :, :0], keys[:, :, :0], 0)[0]
+        assert torch.equal(stored[..., :order], side_by_side(keys[..., :order]))
+        assert torch.equal(stored[..., order:], keys[..., order:])
+        assert torch.equal(cache.keys_values(0)[0], keys)
