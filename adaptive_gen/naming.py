@@ -23,6 +23,7 @@ _NAMES = {
 }
 _LEARNED_POSITIONS = ("wpe", "embed_positions")
 _CACHE_KEYWORDS = ("past_key_values", "layer_past")
+_SOME = torch.arange(2)  # tokens of any vocabulary
 
 
 class Unrotated(nn.Module):
@@ -130,7 +131,11 @@ class Parts:
         module = getattr(self.base, self._names["embed_tokens"])
         factor = 1.0 if self._embedding_multiplier is None else float(self._embedding_multiplier)
         if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):  # Gemma's
-            factor *= float(torch.as_tensor(module.embed_scale).to(module.weight.dtype))
+            own = torch.as_tensor(module.embed_scale).to(module.weight.dtype)
+            ids = _SOME.to(module.weight.device)
+            if not torch.equal(module(ids), nn.functional.embedding(ids, module.weight) * own):
+                return None
+            factor *= float(own)
         elif type(module) is not nn.Embedding:
             return None
         hooked = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)

@@ -3,6 +3,8 @@
 That layers prepared from it are the model's is shown for every family in test_equivalence.py.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import families
 import pytest
 import torch
@@ -88,3 +90,79 @@ def test_a_caches_keys_are_put_in_another_order_and_back(width):
         assert torch.equal(stored[..., :order], side_by_side(keys[..., :order]))
         assert torch.equal(stored[..., order:], keys[..., order:])
         assert torch.equal(cache.keys_values(0)[0], keys)
+
+
+@pytest.mark.parametrize("bias", [30.0, 300.0])
+def test_a_rotation_is_seen_beside_a_large_key_that_hardly_turns(bias):
+    """As a slow pair's does for a thousand positions."""
+    model = families.make("qwen2", head_dim=16, max_position_embeddings=4096)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias[7] = bias
+    decoder = Decoder(model)
+    assert {rotation_of(decoder, index) for index in range(decoder.n_layers)} == {HALVES}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_a_layer_that_gives_something_else_is_seen_beside_a_large_coordinate(family):
+    """Where it adds a thousandth of what it is given, and tokens come with that already."""
+    model = families.make(family)
+    model.model.embed_tokens.weight[:, 5] = 1e5
+    assert len(fuse(Decoder(model)).layers) == families.N_LAYERS
+    model.model.layers[2].self_attn.o_proj.register_forward_hook(lambda *a: 1.5 * a[-1].roll(1, -1))
+    with pytest.raises(Unfit, match="compute something else"):
+        fuse(Decoder(model))
+
+
+@torch.no_grad()
+def test_layers_of_which_one_has_a_bias_are_left_to_the_modules(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[2].self_attn.o_proj.bias = torch.nn.Parameter(torch.randn(32))
+    model = adaptive_gen.wrap(model)
+    assert state(model).backend.name == "module"
+    assert "differ in kind" in state(model).backend.reason
+
+
+class SiluTimes(torch.nn.Module):
+    """An activation that takes what it lets through as well."""
+
+    def forward(self, gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("what", ["norms", "order", "activation"])
+def test_layers_built_otherwise_are_left_to_the_modules_or_done_right(tiny_llama, what):
+    model = tiny_llama()
+    for layer in model.model.layers:
+        if what == "norms":  # whose eps is that of the dtype, and not said
+            layer.input_layernorm = torch.nn.RMSNorm(32)
+        if what == "activation":
+            layer.mlp.act_fn = SiluTimes()
+            layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(
+                m.act_fn(m.gate_proj(x), m.up_proj(x))
+            )
+    if what == "order":  # their indices stay what they were
+        first, second, *others = model.model.layers
+        model.model.layers = torch.nn.ModuleList([second, first, *others])
+    model = adaptive_gen.wrap(model)
+    expected = "compiled" if what == "activation" else "module"
+    assert state(model).backend.name == expected
+    ids = torch.arange(3, 11)[None]
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    ours = model.generate(ids, adaptive=True, threshold=1.0, **settings)
+    assert torch.equal(ours, model.generate(ids, **settings))
+
+
+def test_more_layer_types_than_layers_do_no_harm():
+    model = families.make("gemma3_uncapped")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:4], 4
+    assert state(adaptive_gen.wrap(model)).backend.name == "compiled"
+
+
+def test_a_table_of_rotations_serves_threads_that_ask_for_other_lengths():
+    turns, like = fused("llama").turns, torch.zeros(1)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [10, 3000, 300, 2000] * 50
+        found = pool.map(lambda stop: (stop, len(turns.table(like, stop))), asked)
+        assert all(length >= stop for stop, length in found)

@@ -148,7 +148,10 @@ class Backend:
             return decoder.embed
         if plain is None:
             return lambda *args: wide(decoder.embed(*args))
-        module, factor = plain  # the factor is of float32, as everything is that follows
+        module, factor = plain
+        if factor == 1:
+            return lambda ids, _: wide(F.embedding(ids, module.weight))
+        # Multiplied in float32, as everything that follows.
         return lambda ids, _: wide(F.embedding(ids, module.weight)) * factor
 
     def normed(self) -> Callable[[Tensor, int], Tensor]:

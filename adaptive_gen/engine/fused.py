@@ -52,6 +52,9 @@ class Traits:
     normed_first: bool  # whether attention and the MLP are given normed hidden states
     whole_heads: bool  # whether queries, and keys, are normed all heads together
     activation: str  # of the gate, see `layer_parts`
+    eps: tuple[float, ...]  # of the norms of hidden states, and of those of queries and keys
+    normed_after: tuple[bool, bool]  # whether what attention, and the MLP, give is normed
+    biased: tuple[bool, ...]  # queries, keys, values, and what attention gives
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ class FusedSegment:
             norm_heads(kv[..., 0, :, :], gain, model.qk_floors[1], model.traits.whole_heads)
         # [layers, 2, rows, kv_heads, time, head_dim], and the rotations of all of a layer's
         kv = kv.permute(2, 3, 0, 4, 1, 5)
-        turns = room.turns[model.turns.of_layer[self.start : self.stop], :, sizes.heads :]
+        kinds = model.turns.of_layer[self.start : self.stop]
+        one = len(model.turns) == 1  # for all layers
+        turns = (room.turns if one else room.turns[kinds])[:, :, sizes.heads :]
         turns = turns.unflatten(2, (2, -1)).transpose(1, 2)
         turned = torch.view_as_complex(kv.unflatten(-1, (-1, 2))) * turns
         kv = torch.view_as_real(turned).flatten(-2)

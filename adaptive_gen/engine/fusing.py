@@ -19,7 +19,7 @@ from ..decoder import Decoder
 from .cache import KVCache, side_by_side
 from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, Traits, normed
 from .int8 import Int8Matrix
-from .layer_parts import LayerParts, Unfit, floor_of, gain
+from .layer_parts import LayerParts, Unfit, eps_of, floor_of, gain
 from .narrow import BITS, NarrowMatrix
 from .turns import Turns, rotation_of
 from .workspace import Sizes, Workspace
@@ -81,24 +81,24 @@ def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
             states = _compared(model, reference, index, states)
             if kept is not None:
                 model.layers[index] = kept(own, model.layers[index], model)
-    except (AttributeError, RuntimeError) as error:
-        raise Unfit(f"its layers are of another shape ({error})") from None
+    except Unfit:
+        raise
+    except Exception as error:  # whatever it is: the modules can run what they are made for
+        kind = type(error).__name__
+        raise Unfit(f"its layers are of another shape ({kind}: {error})") from None
     return model
 
 
 def _empty(decoder: Decoder, layers: list[Any]) -> FusedModel:
     """What is known of a decoder before its layers are prepared."""
     first = LayerParts.of(layers[0], decoder.config)
-    floors = {floor_of(norm) for norm in first.norms}
-    if len(floors) > 1:
-        raise Unfit("the norms of its hidden states differ in what they add")
     sizes = Sizes(
         hidden=first.query.shape[1],
         heads=first.query.shape[0] // first.head_dim,
         kv_heads=first.key.shape[0] // first.head_dim,
         head_dim=first.head_dim,
         intermediate=first.up.shape[0],
-        floor=floors.pop(),
+        floor=floor_of(first.norms[0]),
     )
     rotations = [rotation_of(decoder, index) for index in range(decoder.n_layers)]
     return FusedModel(
@@ -112,10 +112,21 @@ def _empty(decoder: Decoder, layers: list[Any]) -> FusedModel:
 
 
 def _traits(parts: LayerParts) -> Traits:
+    eps = {eps_of(norm) for norm in parts.norms}
+    eps_of_heads = {eps_of(norm) for norm in (parts.query_norm, parts.key_norm) if norm is not None}
+    if max(len(eps), len(eps_of_heads)) > 1:
+        raise Unfit("its norms differ in what they add to the mean of the squares")
     normed_first = parts.attention_norm is not None
     if normed_first != (parts.mlp_norm is not None):
         raise Unfit("only one of attention and the MLP is given normed states")
-    return Traits(normed_first, parts.whole_heads, parts.activation)
+    return Traits(
+        normed_first,
+        parts.whole_heads,
+        parts.activation,
+        (*eps, *eps_of_heads),
+        (parts.mixed_norm is not None, parts.output_norm is not None),
+        tuple(bias is not None for bias in parts.biases),
+    )
 
 
 def wide(thing: Any) -> Any:
@@ -166,8 +177,8 @@ def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedRead
 
 def _is_root_mean_square(norm: Any) -> bool:
     """Whether a norm may be one; what it gives is compared besides."""
-    has_eps = hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")
-    return has_eps and isinstance(getattr(norm, "weight", None), Tensor)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return isinstance(eps, float) and isinstance(getattr(norm, "weight", None), Tensor)
 
 
 def _hidden(norm: Any) -> Tensor:
@@ -289,15 +300,20 @@ def _compared(
     found = []
     for hidden in states:
         theirs = decoder.run(hidden, index, index + 1, caches[1])
-        difference = _difference(ours.run(hidden, caches[0]), theirs)
+        # What a layer adds counts: one coordinate may be a thousand times as large as that.
+        rounding = 8 * torch.finfo(torch.float32).eps * float(theirs.abs().max())
+        difference = _difference(ours.run(hidden, caches[0]), theirs, theirs - hidden, rounding)
         if difference is not None:
             raise Unfit(f"its layers compute something else (they differ by {difference:.2g})")
         found.append(theirs)
     return found
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float | None:
+def _difference(
+    ours: Tensor, theirs: Tensor, relative_to: Tensor | None = None, rounding: float = 0.0
+) -> float | None:
     """By how much two results differ; None if it is rounding."""
-    tolerance = float(theirs.abs().max()) * torch.finfo(torch.float32).eps ** 0.5
+    scale = float((theirs if relative_to is None else relative_to).abs().max())
+    tolerance = scale * torch.finfo(torch.float32).eps ** 0.5 + rounding
     difference = float((ours - theirs).abs().max())
     return None if difference <= tolerance else difference

@@ -1,6 +1,7 @@
 """The parts of a gated decoder layer, whatever a family calls them and wherever it puts its norms.
 
-What a family does besides is not looked for here: a prepared layer is compared with the module.
+What a family does besides shows when a prepared layer is compared with the module, on a few tokens:
+only what those cannot show is looked for here.
 
 Axes: `out`, `in`.
 """
@@ -21,8 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     SILU: F.silu,
     GELU: partial(F.gelu, approximate="tanh"),
 }
-# Settings that bend numbers where the comparison's may be too small to show it.
-_BENDING = ("attn_logit_softcapping", "clip_qkv")
+# Settings that change numbers larger, or positions later, than those that are compared.
+_HIDDEN = ("attn_logit_softcapping", "clip_qkv", "llama_4_scaling_beta")
 
 
 class Unfit(Exception):
@@ -61,10 +62,11 @@ class LayerParts:
 
         Raises:
             Unfit: one is of another kind.
-            AttributeError: one is missing.
+            Exception: of any kind, where the layer is not built like this.
         """
-        for name in _BENDING:
-            if getattr(config, name, None) is not None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        for name in _HIDDEN:
+            if getattr(config, name, None) is not None or rope.get(name) is not None:
                 raise Unfit(f"its {name} is not computed here")
         attention, mlp = layer.self_attn, layer.mlp
         head_dim = attention.head_dim
@@ -141,6 +143,10 @@ def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
 def _activation(mlp: Any) -> str:
     own = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
     points = torch.linspace(-6, 6, 97)
+    try:
+        own(points)
+    except TypeError:  # it may take what is let through as well; what it makes of it is compared
+        return SILU
     for name, function in ACTIVATIONS.items():
         if torch.allclose(own(points), function(points), rtol=0, atol=1e-6):
             return name

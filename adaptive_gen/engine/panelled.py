@@ -92,7 +92,7 @@ class CompiledModel:
             weights,
             scales,
             tuple(biases),
-            torch.cat([like.new_tensor([model.sizes.floor]), like]).numpy(),
+            torch.cat([like.new_tensor([model.sizes.floor]), model.qk_floors]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
             np.array(model.turns.of_layer),
             np.array([traits.normed_first, traits.whole_heads, traits.activation == GELU]),

@@ -92,14 +92,14 @@ class Positions:
 
     @property
     def width(self) -> int:
-        """Coordinates of each query and key that the rotary embedding turns."""
+        """Coordinates of each query and key that the rotary embedding turns, in all layers."""
         ids = torch.zeros(1, 1, dtype=torch.long)
         return self.embeddings(torch.zeros(1), ids)[self.types[0]][0].shape[-1]
 
     def embeddings(self, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Rotary cos and sin at positions [rows, time], by layer type: [rows, time, width] each.
 
-        They are in the dtype and on the device of `hidden`.
+        They are on the device of `hidden`, and in its dtype or in float32, as the family has it.
         """
         if self.rotary_by_type:
             return {kind: self._rotary(hidden, ids, kind) for kind in self.types}

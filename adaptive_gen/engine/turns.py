@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..decoder import Decoder
 from .cache import KVCache, Span, side_by_side
@@ -17,8 +18,11 @@ from .layer_parts import Unfit
 from .positions import Positions
 
 HALVES, NEIGHBOURS = "halves", "neighbours"  # i with i + size / 2 turned; 2 i with 2 i + 1
-_POSITION = 7  # where a token's keys are compared with those at position 0
-_NEAR = 0.05  # of the largest key: whatever rounding does, and nothing like another rotation
+# Where a token's keys are compared with those at position 0: slow pairs have turned at the last.
+_POSITIONS = (7, 911)
+# Of each pair's length, which rotations keep: more than half precision rounds off.
+_NEAR = 0.05
+_NOTHING = 1e-6  # of the longest pair: what is shorter says nothing
 
 
 class Turns:
@@ -38,12 +42,10 @@ class Turns:
         pairings = set(rotations) - {None}
         if len(pairings) > 1:
             raise Unfit("its layers pair coordinates in different ways")
-        one = positions.types[:1] * len(rotations)
-        types = positions.layer_types if positions.rotary_by_type else one
-        kinds = [
-            None if rotation is None else kind
-            for rotation, kind in zip(rotations, types, strict=True)
-        ]
+        types = positions.layer_types
+        if not positions.rotary_by_type:  # then all have the same
+            types = positions.types[:1] * len(rotations)
+        kinds = [None if r is None else types[index] for index, r in enumerate(rotations)]
         self._kinds = list(dict.fromkeys(kinds))
         self.of_layer = [self._kinds.index(kind) for kind in kinds]
         self._positions, self._pairs = positions, head_dim // 2
@@ -66,20 +68,21 @@ class Turns:
 
     def table(self, like: Tensor, stop: int) -> Tensor:
         """Those of the positions below `stop` or more, [.., kinds, pairs], if one table serves."""
-        if len(self._table) < stop or self._table.dtype != like.dtype.to_complex():
+        table = self._table  # which another thread may put a shorter one in place of
+        if len(table) < stop or table.dtype != like.dtype.to_complex():
             ids = torch.arange(max(256, 1 << stop.bit_length()), device=like.device)[None]
-            self._table = self._at(like, ids)[0]
-        return self._table
+            table = self._table = self._at(like, ids)[0]
+        return table
 
     def _at(self, like: Tensor, ids: Tensor) -> Tensor:
-        by_type = self._positions.embeddings(like, ids)
-        every = like.new_ones(*ids.shape, len(self), self._pairs)
-        turns = torch.complex(every, torch.zeros_like(every))
-        for index, kind in enumerate(self._kinds):
-            if kind is not None:
-                some = as_complex(*by_type[kind])
-                turns[:, :, index, : some.shape[-1]] = some
-        return turns
+        by_type, by_kind = self._positions.embeddings(like, ids), []
+        for kind in self._kinds:
+            turns = as_complex(*by_type[kind or self._positions.types[0]])
+            if kind is None:
+                turns = torch.ones_like(turns)
+            turns = turns.to(like.dtype.to_complex())
+            by_kind.append(F.pad(turns, (0, self._pairs - turns.shape[-1]), value=1.0))
+        return torch.stack(by_kind, dim=2)
 
 
 def as_complex(cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,25 +101,31 @@ def rotation_of(decoder: Decoder, index: int) -> str | None:
     positions, keys, turns = decoder.positions, [], []
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, decoder.config.hidden_size, generator=generator).to(decoder.dtype)
-    for at in (0, _POSITION):
+    for at in (0, *_POSITIONS):
         cache, span = KVCache(decoder.n_layers), Span((at,), (1,))
         decoder.store(hidden, index, index + 1, cache, span)
         keys.append(cache.keys_values(index)[0][0, :, at].float())
         by_type = positions.embeddings(hidden.float(), span.positions(hidden.device))
         turns.append(as_complex(*by_type[positions.layer_types[index]])[0, 0])
-    near = _NEAR * float(keys[0].abs().max())
-    if _as_near(*keys, near):
-        return None
     width = positions.width
-    for pairing in (HALVES, NEIGHBOURS):
-        pairs = [key[:, :width] for key in keys]
-        if pairing == HALVES:
-            pairs = [side_by_side(some) for some in pairs]
-        first, later = (torch.view_as_complex(p.unflatten(-1, (-1, 2))) for p in pairs)
-        if _as_near(first * turns[1], later * turns[0], near):
+    found = torch.stack(keys)[..., :width]  # [positions, kv_heads, width]
+    angles = torch.stack(turns)[:, None]  # [positions, 1, width / 2]
+    pairs = {HALVES: _numbers(side_by_side(found)), NEIGHBOURS: _numbers(found)}
+    if _follow(pairs[HALVES], torch.ones_like(angles)):
+        return None
+    for pairing, numbers in pairs.items():
+        if _follow(numbers, angles):
             return pairing
     raise Unfit("its keys are turned in another way")
 
 
-def _as_near(one: Tensor, other: Tensor, near: float) -> bool:
-    return float((one - other).abs().max()) <= near
+def _numbers(coordinates: Tensor) -> Tensor:
+    """Coordinates [..., width], pairs side by side, as complex numbers [..., width / 2]."""
+    return torch.view_as_complex(coordinates.unflatten(-1, (-1, 2)).contiguous())
+
+
+def _follow(pairs: Tensor, turns: Tensor) -> bool:
+    """Whether pairs [positions, kv_heads, width / 2] are those at position 0, turned by `turns`."""
+    length = pairs[:1].abs()
+    off = (pairs * turns[:1] - pairs[:1] * turns).abs()
+    return bool((off <= _NEAR * length)[:, (length > _NOTHING * length.max())[0]].all())

@@ -4,9 +4,9 @@ Every text goes as deep as it needs: a pass runs one segment for the texts whose
 in front of it, with all that waits there for them. What changes with several texts:
 
 - `desk`: besides hidden states [room, hidden in whole panels] and places [room, 2], turns of the
-  tokens on it [room, head_dim / 2, 2]; newest hidden states [rows, hidden in whole panels]; rows
-  that take part and where their newest token lies, [2, rows]; then turns of every position and
-  buffers. `room` is that of a block of all rows.
+  tokens on it [room, kinds, head_dim / 2, 2]; newest hidden states [rows, hidden in whole panels];
+  rows that take part and where their newest token lies, [2, rows]; then turns of every position
+  and buffers. `room` is that of a block of all rows.
 - `state`: what waits is [segments, rows, room of a row, hidden in whole panels], how much of it and
   the lengths [segments, rows]; then the segment each row's newest token waits in front of, -1 if it
   has left, [rows]; passes of the first segment since the others had their turn, [1]; tallies [3].
