@@ -17,12 +17,13 @@ in front of it, with all that waits there for them. What changes with several te
 
 from typing import Any
 
-from .cpu import compiled, run_layers
+from .cpu import copy, run_layers
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
+from .freshness import borrowing
 from .screen import GATE, leaves, look, token_of
 
 
-@compiled
+@borrowing
 def _next_segment(stages: Any, shallow: Any, shallow_passes: int) -> int:
     """What runs next, as `Scheduler` has it."""
     first, deeper = False, 0
@@ -37,7 +38,7 @@ def _next_segment(stages: Any, shallow: Any, shallow_passes: int) -> int:
     return 0
 
 
-@compiled
+@borrowing
 def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
     """Run segment s for the rows that wait there; returns how many they are."""
     x, place, turn, _, taking, turns, buffers = desk
@@ -49,9 +50,9 @@ def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
             continue
         for i in range(counts[s, r]):
             at = lengths[s, r] + i
-            x[block] = waiting[s, r, i]
+            copy(waiting[s, r, i], x[block])
             place[block, 0], place[block, 1] = r, at
-            turn[block] = turns[at]
+            copy(turns[at].reshape(-1), turn[block].reshape(-1))
             block += 1
         taking[0, rows], taking[1, rows] = r, block - 1
         lengths[s, r] += counts[s, r]
@@ -75,14 +76,14 @@ def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
         return rows
     for t in range(block):
         r = place[t, 0]
-        waiting[s + 1, r, counts[s + 1, r]] = x[t]
+        copy(x[t], waiting[s + 1, r, counts[s + 1, r]])
         counts[s + 1, r] += 1
     for n in range(rows):
         stages[taking[0, n]] = s + 1
     return rows
 
 
-@compiled
+@borrowing
 def _ask(
     s: int, rows: int, cap: int, model: Any, desk: Any, state: Any, asking: Any, results: Any
 ) -> None:
@@ -99,7 +100,7 @@ def _ask(
             may = asked[at, s] and counts[s + 1, r] <= cap
             if not may or not due(records[r, s], worth[s]):
                 continue
-        newest[asks] = x[taking[1, n]]
+        copy(x[taking[1, n]], newest[asks])
         if s < last and measure == GATE:
             raw = gate_of(newest[asks : asks + 1], head[2], gates[0][s], gates[1][s], head[3])
             observe(records[r, s], worth[s], raw >= least[at, s])
@@ -127,7 +128,7 @@ def _ask(
         stages[r] = -1
 
 
-@compiled
+@borrowing
 def decode(
     newest: Any,
     ends: Any,

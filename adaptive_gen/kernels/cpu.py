@@ -16,17 +16,25 @@ import numpy as np
 
 from .attending import attend
 from .exponential import exp
+from .freshness import borrowing
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .logits import two_of_panels
 from .panels import PANEL
-from .products import add_product, compiled
+from .products import add_product
 
 NORMED_FIRST, WHOLE_HEADS, APPROXIMATE_GELU = range(3)  # of a model's traits
 # GELU's approximation is x / (1 + exp(-_STEEP * (x + _CUBIC * x^3))).
 _STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
-@compiled
+@borrowing
+def copy(row: Any, into: Any) -> None:
+    """Write as many numbers of a row as `into` has room for."""
+    for n in range(into.shape[0]):
+        into[n] = row[n]
+
+
+@borrowing
 def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
     """Divide each token's hidden state by its length or more, see `FusedModel`."""
     for m in range(tokens):
@@ -39,7 +47,7 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
             into[n] = row[n] * factor
 
 
-@compiled
+@borrowing
 def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
     """Multiply normed hidden states by what the weights behind them do not have folded in, if any.
 
@@ -55,7 +63,7 @@ def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
             into[n] = row[n] * gain[n]
 
 
-@compiled
+@borrowing
 def _turn(heads: Any, turn: Any) -> None:
     """Rotate [heads, head_dim] by [head_dim / 2, (cos, sin)], pairs side by side."""
     for h in range(heads.shape[0]):
@@ -66,7 +74,7 @@ def _turn(heads: Any, turn: Any) -> None:
             head[2 * d + 1] = real * turn[d, 1] + imaginary * turn[d, 0]
 
 
-@compiled
+@borrowing
 def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: int) -> None:
     """Add what `norm` makes of x, times a gain [hidden], to y."""
     norm(x, floor, normed, tokens)
@@ -76,7 +84,7 @@ def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: in
             into[n] += row[n] * gain[n]
 
 
-@compiled
+@borrowing
 def _norm_heads(heads: Any, gain: Any, floor: float, whole: bool) -> None:
     """Norm queries or keys [heads, head_dim], head by head or as a whole; there may be none."""
     together = max(1, heads.shape[0]) if whole else 1
@@ -93,7 +101,7 @@ def _norm_heads(heads: Any, gain: Any, floor: float, whole: bool) -> None:
                 head[d] *= factor * gain[h, d]
 
 
-@compiled
+@borrowing
 def _place(
     projected: Any,
     first: int,
@@ -145,11 +153,11 @@ def _place(
         by_head = projected[m, : every * head_dim].reshape(every, head_dim)
         _turn(by_head[first:turned], turns[m, kind])
         for h in range(kv_heads):
-            kv[layer, 0, row, h, position] = by_head[heads + h]
-            kv[layer, 1, row, h, position] = by_head[turned + h]
+            copy(by_head[heads + h], kv[layer, 0, row, h, position])
+            copy(by_head[turned + h], kv[layer, 1, row, h, position])
 
 
-@compiled
+@borrowing
 def _add_bias(y: Any, bias: Any, tokens: int) -> None:
     for m in range(tokens):
         row = y[m]
@@ -157,7 +165,7 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
             row[n] += bias[n]
 
 
-@compiled
+@borrowing
 def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: int) -> None:
     """Write what attention or the MLP is given of hidden states: normed or as they are."""
     if norms:
@@ -165,10 +173,10 @@ def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: in
         apply_gain(gain, normed, normed, tokens)
     else:
         for m in range(tokens):
-            normed[m] = x[m, : normed.shape[1]]
+            copy(x[m], normed[m])
 
 
-@compiled
+@borrowing
 def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> None:
     """Let the gates, `inner` numbers of each token, through to what lies behind them."""
     one = wide.dtype.type(1)
@@ -184,7 +192,7 @@ def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> Non
                 gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
 
 
-@compiled
+@borrowing
 def run_layers(
     start: int,
     stop: int,
@@ -262,7 +270,7 @@ def run_layers(
             add_product(wide, down[layer], down_scale[layer], y, going, team)
 
 
-@compiled
+@borrowing
 def store_layers(
     start: int,
     stop: int,
@@ -289,7 +297,7 @@ def store_layers(
         _place(projected, heads, heads, turns, kv, layer, place, *norming)
 
 
-@compiled
+@borrowing
 def read_out(
     x: Any, floor: float, gain: Any, head: Any, scale: Any, normed: Any, out: Any, team: Any
 ) -> None:
@@ -312,7 +320,7 @@ def read_out(
     add_product(normed, head, scale, out, tokens, team)
 
 
-@compiled
+@borrowing
 def best_two(row: Any) -> Any:
     """The largest of some numbers and the second, which may be as large."""
     top, second = two_of_panels(row)
@@ -324,7 +332,7 @@ def best_two(row: Any) -> Any:
     return top, second
 
 
-@compiled
+@borrowing
 def first_of(largest: Any, row: Any) -> int:
     """Where the largest number of a row is, the first of equals."""
     n = 0
@@ -333,7 +341,7 @@ def first_of(largest: Any, row: Any) -> int:
     return n
 
 
-@compiled
+@borrowing
 def summary(row: Any) -> Any:
     """The fields of `confidence.Summary` for logits [vocab]."""
     top, second = best_two(row)
@@ -349,7 +357,7 @@ def summary(row: Any) -> Any:
     return exact(top), exact(second), exact(token), exact(top + log), exact(log - weighted / total)
 
 
-@compiled
+@borrowing
 def summarise(logits: Any, out: Any) -> None:
     """The fields of `confidence.Summary` for each row of logits [tokens, vocab], [tokens, 5]."""
     for m in range(logits.shape[0]):

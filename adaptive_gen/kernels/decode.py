@@ -28,7 +28,8 @@ import math
 from typing import Any
 
 from ..engine import thrift
-from .cpu import compiled, norm, run_layers, store_layers
+from .cpu import copy, norm, run_layers, store_layers
+from .freshness import borrowing
 from .half import number
 from .screen import GATE, leaves, look, token_of
 from .team import kept
@@ -39,7 +40,7 @@ observe = kept(thrift.observe)
 LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` counts them
 
 
-@compiled
+@borrowing
 def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
     """A probe's confidence in the first hidden state of x [1, hidden in whole panels]."""
     norm(x, floor, normed, 1)
@@ -49,14 +50,14 @@ def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
     return 1.0 / (1.0 + math.exp(-(total + bias)))
 
 
-@compiled
+@borrowing
 def read(newest: Any, head: Any) -> int:
     """The token that a hidden state [1, hidden] says."""
     look(newest, head)
     return token_of(0, head)
 
 
-@compiled
+@borrowing
 def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     """The raw confidence after segment s, and the token if token i of the text leaves there.
 
@@ -74,34 +75,34 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     return raw, token
 
 
-@compiled
+@borrowing
 def _set_out(place: Any, start: int, count: int) -> None:
     """Tokens of the first row from position `start` on."""
     for i in range(count):
         place[i, 0], place[i, 1] = 0, start + i
 
 
-@compiled
+@borrowing
 def wait(s: int, block: int, x: Any, state: Any) -> None:
     """Put the first `block` tokens of the desk in front of segment s."""
     _, waiting, counts, _, _ = state
     for i in range(block):
-        waiting[s, counts[s] + i] = x[i]
+        copy(x[i], waiting[s, counts[s] + i])
     counts[s] += block
 
 
-@compiled
+@borrowing
 def take(s: int, x: Any, state: Any) -> int:
     """Lay all that waits in front of segment s on the desk; returns how much it is."""
     _, waiting, counts, _, _ = state
     block = counts[s]
     for i in range(block):
-        x[i] = waiting[s, i]
+        copy(waiting[s, i], x[i])
     counts[s] = 0
     return block
 
 
-@compiled
+@borrowing
 def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> None:
     """Run segment s on the first `block` tokens of the desk; see `run_layers` for `wanted`."""
     x, place, turns, buffers = desk
@@ -123,7 +124,7 @@ def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> N
     tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
 
 
-@compiled
+@borrowing
 def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     """Propagate the first `block` tokens of the desk through segment s, into the next queue."""
     x, place, turns, buffers = desk
@@ -147,7 +148,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
         tallies[CAUGHT_UP] += block
 
 
-@compiled
+@borrowing
 def descend(
     i: int,
     token: int,
@@ -183,7 +184,7 @@ def descend(
     for s in range(last):
         if propagate and block > 1:
             _store(s, block - 1, model, desk, state)
-            x[0] = x[block - 1]
+            copy(x[block - 1], x[0])
             block = 1
         run(s, block, block, model, desk, state)
         wait(s + 1, block, x, state)
@@ -196,7 +197,7 @@ def descend(
         block = take(s + 1, x, state)
     if propagate and block > 1:
         _store(last, block - 1, model, desk, state)
-        x[0] = x[block - 1]
+        copy(x[block - 1], x[0])
         block = 1
     run(last, block, block if judged else 1, model, desk, state)
     state[4][DEEP_PASSES] += 1
@@ -204,7 +205,7 @@ def descend(
     return -1, block
 
 
-@compiled
+@borrowing
 def embed(embedding: Any, token: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
@@ -220,7 +221,7 @@ def embed(embedding: Any, token: int, x: Any) -> None:
         x[n] = number(row[n]) * factor[0]
 
 
-@compiled
+@borrowing
 def among(token: int, ends: Any) -> bool:
     """Whether a token ends a text."""
     for end in ends:
@@ -229,7 +230,7 @@ def among(token: int, ends: Any) -> bool:
     return False
 
 
-@compiled
+@borrowing
 def decode(
     token: int,
     ends: Any,

@@ -45,5 +45,19 @@ _SUMS = {"contract", "reassoc", "nsz", "arcp"}
 
 
 def compiled(function: Any) -> Any:
-    """Compile a function, as all kernels are."""
-    return stamped(njit(function, fastmath=_SUMS, nogil=True, cache=True, error_model="numpy"))
+    """Compile a function that makes arrays, or shares them with other threads."""
+    return _made(function, counts=True)
+
+
+def borrowing(function: Any) -> Any:
+    """Compile a function, as most kernels are: it only works on arrays that it is given.
+
+    Their references are not counted, which takes an atomic operation for every array of a tuple,
+    whenever that is handed on or taken apart.
+    """
+    return _made(function, counts=False)
+
+
+def _made(function: Any, counts: bool) -> Any:
+    options = {"fastmath": _SUMS, "nogil": True, "cache": True, "error_model": "numpy"}
+    return stamped(njit(function, _nrt=counts, **options))

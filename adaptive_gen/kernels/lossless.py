@@ -7,8 +7,8 @@ It keeps the rules of `decoding.TokenLoop` for a single greedy row. Names and ax
 from typing import Any
 
 from ..engine import drafts as drafting
-from .cpu import compiled
 from .decode import CAUGHT_UP, among, descend, run, take, wait
+from .freshness import borrowing
 from .screen import look, token_of
 from .team import kept
 
@@ -16,7 +16,7 @@ _observe = kept(drafting.observe)
 _best_length = kept(drafting.best_length)
 
 
-@compiled
+@borrowing
 def _flush(model: Any, desk: Any, state: Any) -> int:
     """Run all that waits through to the end; returns the length of the block on the desk."""
     x, (_, _, counts, _, tallies) = desk[0], state
@@ -31,7 +31,7 @@ def _flush(model: Any, desk: Any, state: Any) -> int:
     return block
 
 
-@compiled
+@borrowing
 def _judge(drafted: Any, first: int, wanted: int, x: Any, head: Any) -> Any:
     """Compare drafts with what full depth chooses.
 
@@ -57,7 +57,7 @@ def _judge(drafted: Any, first: int, wanted: int, x: Any, head: Any) -> Any:
     return len(drafted), -1
 
 
-@compiled
+@borrowing
 def decode(
     token: int,
     ends: Any,

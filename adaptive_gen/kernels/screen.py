@@ -23,9 +23,10 @@ import math
 from typing import Any
 
 from .cpu import apply_gain, best_two, first_of, norm, read_out, summary
+from .freshness import borrowing
 from .logits import mass, reaches, two_certain
 from .panels import PANEL
-from .products import add_one, add_product, compiled
+from .products import add_one, add_product
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
@@ -38,7 +39,7 @@ _DEPTHS = (0.0, 3.0, 6.0)
 _ROUNDING = 1e-5  # of a mass, as a share of it
 
 
-@compiled
+@borrowing
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
     panels, scale, floor, normed, logits, vocab, screen, team, gain, gained = head
@@ -53,7 +54,7 @@ def look(x: Any, head: Any) -> None:
     logits[:rows, vocab:] = -math.inf
 
 
-@compiled
+@borrowing
 def _bar(row: int, head: Any) -> Any:
     """What the largest logit and the second are at least."""
     doubt, exact = head[6][2], head[6][5]
@@ -61,7 +62,7 @@ def _bar(row: int, head: Any) -> Any:
     return two_certain(head[4][row], doubt)
 
 
-@compiled
+@borrowing
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
     panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact), _, _, gained = head
@@ -74,7 +75,7 @@ def _sharpen(row: int, bar: float, head: Any) -> None:
         logits[row, vocab:] = -math.inf
 
 
-@compiled
+@borrowing
 def _largest(row: int, head: Any) -> Any:
     """The largest exact logit, the second, and the token of the first."""
     logits, exact = head[4], head[6][5]
@@ -91,7 +92,7 @@ def _largest(row: int, head: Any) -> Any:
     return top, second, token
 
 
-@compiled
+@borrowing
 def token_of(row: int, head: Any) -> int:
     """The token of the largest logit, the first of equals."""
     logits, vocab = head[4], head[5]
@@ -102,7 +103,7 @@ def token_of(row: int, head: Any) -> int:
     return _largest(row, head)[2]
 
 
-@compiled
+@borrowing
 def measured(found: Any, vocab: int, measure: int) -> float:
     """A measure of a summary, as `confidence.of_summary` has it."""
     top, second, _, total, entropy = found
@@ -112,13 +113,13 @@ def measured(found: Any, vocab: int, measure: int) -> float:
     return largest if measure == MAX_PROB else largest - math.exp(second - total)
 
 
-@compiled
+@borrowing
 def _share(top: float, second: float, measure: int) -> float:
     """A confidence, margin or max_prob, over the likeliest token's chance: it is never less."""
     return 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
 
 
-@compiled
+@borrowing
 def _read_whole(row: int, head: Any) -> Any:
     """The summary of exact logits."""
     panels, scale, _, _, logits, vocab, screen, _, _, gained = head
@@ -129,14 +130,14 @@ def _read_whole(row: int, head: Any) -> Any:
     return summary(logits[row, :vocab])
 
 
-@compiled
+@borrowing
 def _by_whole_head(row: int, least: float, measure: int, head: Any) -> Any:
     found = _read_whole(row, head)
     raw = measured(found, head[5], measure)
     return raw, int(found[2]) if raw >= least else -1
 
 
-@compiled
+@borrowing
 def leaves(row: int, least: float, measure: int, head: Any) -> Any:
     """Whether a token may leave: by margin, max_prob or entropy.
 
