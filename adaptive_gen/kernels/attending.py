@@ -10,8 +10,8 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .exponential import exp
+from .freshness import compiled
 from .lanes import LANES, add_values, by_lanes, multiply_lanes, score_keys, share_out
-from .products import compiled
 from .team import ATTENTION, LEAST_BYTES, MASK, SHARES, floats_at, integers_at
 
 TOGETHER = 8  # queries that read keys and values together

@@ -4,7 +4,8 @@ from typing import Any
 
 from . import team as words
 from .attending import help_attend
-from .products import compiled, help_product
+from .freshness import compiled
+from .products import help_product
 from .team import ATTENTION, HALF, MASK, peek, put, spin
 
 

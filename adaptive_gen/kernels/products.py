@@ -8,7 +8,7 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .dots import rounded
-from .freshness import compiled
+from .freshness import borrowing, compiled
 from .half import BFLOAT16, FLOAT16
 from .panels import ADDERS, PANEL, TILE, add_tile
 from .team import (
@@ -30,7 +30,7 @@ add_one, add_two, add_three, add_four = ADDERS[:4]
 add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
 
 
-@compiled
+@borrowing
 def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: int) -> None:
     """One panel's product with the tokens from `row` on: at most a tile, which may be none."""
     left = tokens - row
@@ -53,7 +53,7 @@ def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: 
             add_eight(x, w, scale, y, row, panel, 0, 1)
 
 
-@compiled
+@borrowing
 def add_panels(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int, last: int) -> None:
     """`add_product` for the panels `first`..`last`."""
     tiles = tokens // TILE if tokens > TILE else 0
@@ -82,23 +82,49 @@ def _kind_of(x: Any, w: Any) -> Any:
     return known
 
 
-def _states(x: Any, w: Any, tokens: int) -> Any:
-    """The states as they are multiplied with these weights."""
+def _add(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> None:
+    """`add_product`, with the states as they are multiplied with these weights."""
     raise NotImplementedError
 
 
-@overload(_states, inline="always")
-def _states_for(x: Any, w: Any, tokens: int) -> Any:
-    def same(x: Any, w: Any, tokens: int) -> Any:
-        return x
+@overload(_add, inline="always")
+def _add_for(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> Any:
+    def same(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> None:
+        _add_states(x, _kind(x, w), w, scale, y, tokens, team, first)
 
-    def as_bytes(x: Any, w: Any, tokens: int) -> Any:
-        return rounded(x, w.shape[1], tokens)
+    def as_bytes(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> None:
+        _add_rounded(x, w, scale, y, tokens, team, first)
 
     return as_bytes if w.dtype == types.uint8 else same
 
 
 @compiled
+def _add_rounded(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> None:
+    # Held here while helpers read it: what is called only borrows it.
+    states = rounded(x, w.shape[1], tokens)
+    _add_states(states, _kind(x, w), w, scale, y, tokens, team, first)
+
+
+@borrowing
+def _add_states(
+    states: Any,
+    kind: int,
+    w: Any,
+    scale: Any,
+    y: Any,
+    tokens: int,
+    team: Any,
+    first: int,
+) -> None:
+    panels = w.shape[0]
+    panel_bytes = w.shape[1] * w.shape[2] * w.itemsize
+    threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
+    alone = kind < 0 or threads < 2
+    if alone or not _shared(kind, threads, states, w, scale, y, tokens, team, first):
+        add_panels(states, w, scale, y, tokens, first, panels)
+
+
+@borrowing
 def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int = 0) -> None:
     """Add x @ (w * scale) to y, for the first `tokens` of both.
 
@@ -115,17 +141,10 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
         team: who may help, see `team`.
         first: panel to begin with.
     """
-    kind, panels = _kind(x, w), w.shape[0]
-    panel_bytes = w.shape[1] * w.shape[2] * w.itemsize
-    threads = min(team[words.HELPERS] + 1, (panels - first) * panel_bytes // words.LEAST_BYTES)
-    # What helpers read is held here until they are done: a function frees its own after last use.
-    states = _states(x, w, tokens)
-    alone = kind < 0 or threads < 2
-    if alone or not _shared(kind, threads, states, w, scale, y, tokens, team, first):
-        add_panels(states, w, scale, y, tokens, first, panels)
+    _add(x, w, scale, y, tokens, team, first)
 
 
-@compiled
+@borrowing
 def _shared(
     kind: int,
     threads: int,
@@ -165,7 +184,7 @@ def _shared(
     return True
 
 
-@compiled
+@borrowing
 def help_product(team: Any, index: int) -> None:
     """Do a chunk of the shared product."""
     job = team[words.JOB : words.JOB + words.JOB_WORDS]
