@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from adaptive_gen.kernels import team as words
-from adaptive_gen.kernels.attending import NEAR, TOGETHER, attend
+from adaptive_gen.kernels.attending import NEAR, PLAN, TOGETHER, attend
 
 CAPACITY = 256
 ALONE = np.zeros(words.AWAKE, np.int64)
@@ -31,7 +31,7 @@ def attended(place, heads=4, kv_heads=2, size=32, window=0, dtype=np.float32, fi
     projected = (projected / size**0.25).astype(dtype)
     mixed = np.full((len(place) + 2, heads * size), filling, dtype)
     scores = np.full((1, TOGETHER, 2 * CAPACITY), filling, dtype)
-    attend(projected, mixed, kv, 1, place, window, scores, ALONE)
+    attend(projected, mixed, kv, 1, place, window, scores, np.zeros(PLAN, np.int64), ALONE)
     return mixed[: len(place)], expected(projected, kv, 1, place, window, heads)
 
 
@@ -82,5 +82,5 @@ def test_a_large_score_takes_it_all_without_overflow():
     kv[0, 1, 0, 0, 33] = 7
     projected, mixed = np.ones((1, 48), np.float32), np.zeros((1, 16), np.float32)
     scores = np.zeros((1, TOGETHER, 2 * CAPACITY), np.float32)
-    attend(projected, mixed, kv, 0, np.array([[0, 50]]), 0, scores, ALONE)
+    attend(projected, mixed, kv, 0, np.array([[0, 50]]), 0, scores, np.zeros(PLAN, np.int64), ALONE)
     np.testing.assert_array_equal(mixed, 7)

@@ -40,6 +40,7 @@ class Desk:
         whole = sizes.hidden + padding(sizes.hidden)
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide), whole
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
+        self._plan = np.zeros(kernel("attending").PLAN, np.int64)
         self._work = (*self._buffers, self._scores(64))
         self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
         self._tokens = np.zeros((room, 2), np.int64)
@@ -57,7 +58,7 @@ class Desk:
         scores = self._work[-1]
         if scores.shape[2] <= seen or len(scores) < threads():
             self._work = (*self._buffers, self._scores(max(64, 1 << seen.bit_length())))
-        return *self._work, helpers(self._largest)
+        return *self._work, self._plan, helpers(self._largest)
 
     def memory(self, kv: Tensor) -> Any:
         """The memory of a cache as an array."""

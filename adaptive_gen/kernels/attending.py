@@ -10,7 +10,7 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .exponential import exp
-from .freshness import compiled
+from .freshness import borrowing, compiled
 from .lanes import LANES, add_values, by_lanes, multiply_lanes, score_keys, share_out
 from .team import ATTENTION, LEAST_BYTES, MASK, SHARES, floats_at, integers_at
 
@@ -18,9 +18,11 @@ TOGETHER = 8  # queries that read keys and values together
 NEAR = 64  # values that stay in the first cache meanwhile
 # Of each of them: where the query and the result stand, how many keys it sees, its own scores.
 QUERY, OUT, SEEN, OWN = range(4)
+# Words that the thread which decodes plans in: what goes together, and the job.
+PLAN = 4 * TOGETHER + words.JOB_WORDS
 
 
-@compiled
+@borrowing
 def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
     """One head's attention to [keys, head_dim]; `scores` has room for them."""
     count, size = keys.shape
@@ -40,7 +42,7 @@ def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> No
             out[d] += share * value[d]
 
 
-@compiled
+@borrowing
 def _product(query: Any, key: Any) -> Any:
     total = query.dtype.type(0)
     for d in range(query.shape[0]):
@@ -48,7 +50,7 @@ def _product(query: Any, key: Any) -> Any:
     return total
 
 
-@compiled
+@borrowing
 def attend(
     projected: Any,
     mixed: Any,
@@ -57,6 +59,7 @@ def attend(
     place: Any,
     window: int,
     scores: Any,
+    plan: Any,
     team: Any,
 ) -> None:
     """Attention of a block's tokens, whose own keys and values are in the cache.
@@ -69,6 +72,7 @@ def attend(
         place: [tokens, 2], row and position.
         window: positions a token sees; 0 is all.
         scores: [threads, TOGETHER, more than any token's keys], the last a multiple of LANES.
+        plan: int64, [PLAN].
         team: see there.
     """
     tokens, head_dim = place.shape[0], kv.shape[5]
@@ -77,7 +81,7 @@ def attend(
         for pair in range(pairs):
             _attend_pair(pair, projected, mixed, kv, layer, place, window, scores[0, 0])
         return
-    job = np.empty(words.JOB_WORDS, np.int64)
+    together, job = plan[: 4 * TOGETHER].reshape(TOGETHER, 4), plan[4 * TOGETHER :]
     job[words.X], job[words.X_WIDTH] = projected.ctypes.data, projected.shape[1]
     job[words.Y], job[words.Y_WIDTH] = mixed.ctypes.data, mixed.shape[1]
     job[words.W], job[words.DEPTH_OF] = kv[layer].ctypes.data, head_dim
@@ -91,7 +95,7 @@ def attend(
     read = 2 * pairs * longest * head_dim * kv.itemsize
     threads = min(team[words.HELPERS] + 1, read // LEAST_BYTES, scores.shape[0])
     if threads < 2 or not words.acquire(team, words.BUSY):
-        _attend_pairs(job, 0, pairs, 0)
+        _attend_pairs(job, place, 0, pairs, 0, together)
         return
     # Queries that share keys stay together where that leaves each thread some.
     group = pairs // tokens // kv.shape[3]
@@ -102,19 +106,21 @@ def attend(
     per_chunk = max(pairs // (SHARES * threads * least), 1) * least
     chunks = (pairs + per_chunk - 1) // per_chunk
     job[words.KIND], job[words.PER_CHUNK], job[words.LAST] = ATTENTION, per_chunk, pairs
-    team[words.JOB : words.JOB + words.JOB_WORDS] = job
+    for word in range(words.JOB_WORDS):
+        team[words.JOB + word] = job[word]
     words.post(team, chunks, threads - 1)
     own = 0
     while True:
         index = words.add(team, words.CLAIM, 1) & MASK
         if index >= chunks:
             break
-        _attend_pairs(job, index * per_chunk, min((index + 1) * per_chunk, pairs), 0)
+        last = min((index + 1) * per_chunk, pairs)
+        _attend_pairs(job, place, index * per_chunk, last, 0, together)
         own += 1
     words.finish(team, chunks - own)
 
 
-@compiled
+@borrowing
 def _attend_pair(
     pair: int,
     projected: Any,
@@ -138,8 +144,10 @@ def _attend_pair(
     attend_head(projected[m, start:stop], keys, values, scores, mixed[m, start:stop])
 
 
-@compiled
-def _attend_pairs(job: Any, first_pair: int, last_pair: int, thread: int) -> None:
+@borrowing
+def _attend_pairs(
+    job: Any, place: Any, first_pair: int, last_pair: int, thread: int, together: Any
+) -> None:
     """The same by addresses, for pairs `first_pair`..`last_pair`, whoever does it.
 
     So it is the same machine code, and rounds alike, in every thread. Pairs are counted by the head
@@ -147,12 +155,10 @@ def _attend_pairs(job: Any, first_pair: int, last_pair: int, thread: int) -> Non
     """
     tokens, head_dim = job[words.TOKENS], job[words.DEPTH_OF]
     group = job[words.Y_WIDTH] // head_dim // job[words.KV_HEADS]
-    place = carray(integers_at(job[words.PLACE]), (tokens, 2))
     own_scores = job[words.SCALE] + 4 * job[words.SCORES] * TOGETHER * thread
     window = job[words.WINDOW]
     kv_head = first_pair // (group * tokens)
     m, g = first_pair % (group * tokens) // group, first_pair % group
-    together = np.empty((TOGETHER, 4), np.int64)
     pair = first_pair
     while pair < last_pair:
         row, first, count = place[m, 0], _first_seen(place[m, 1], window), 0
@@ -174,12 +180,12 @@ def _attend_pairs(job: Any, first_pair: int, last_pair: int, thread: int) -> Non
             m, kv_head = 0, kv_head + 1
 
 
-@compiled
+@borrowing
 def _first_seen(position: int, window: int) -> int:
     return max(0, position + 1 - window) if window else 0
 
 
-@compiled
+@borrowing
 def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
     """Attention by several queries to the keys from `keys` on, those that see fewest first.
 
@@ -256,4 +262,6 @@ def help_attend(team: Any, index: int, helper: int) -> None:
     job = team[words.JOB : words.JOB + words.JOB_WORDS]
     per_chunk = job[words.PER_CHUNK]
     last = min((index + 1) * per_chunk, job[words.LAST])
-    _attend_pairs(job, index * per_chunk, last, helper + 1)
+    together = np.empty((TOGETHER, 4), np.int64)
+    place = carray(integers_at(job[words.PLACE]), (job[words.TOKENS], 2))
+    _attend_pairs(job, place, index * per_chunk, last, helper + 1, together)

@@ -230,13 +230,14 @@ def run_layers(
             traits: [3], by NORMED_FIRST, WHOLE_HEADS and APPROXIMATE_GELU.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
             heads * head_dim], gate_up [room, 2 * intermediate in whole panels], added [room,
-            hidden in whole panels], scores, see `attending.attend`, and who helps, see `team`.
+            hidden in whole panels], scores and a plan, see `attending.attend`, and who helps, see
+            `team`.
     """
     weights, scales, biases, floors, windows, rotations, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gains, first_gain, second_gain, mixed_gain, output_gain = biases
-    normed, projected, mixed, wide, added, scores, team = buffers
+    normed, projected, mixed, wide, added, scores, plan, team = buffers
     tokens, inner = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
     norms, whole, gelu = traits[NORMED_FIRST], traits[WHOLE_HEADS], traits[APPROXIMATE_GELU]
@@ -249,7 +250,7 @@ def run_layers(
         _place(projected, 0, heads, turns, kv, layer, place, *norming)
         left_out = tokens - wanted if layer == stop - 1 else 0
         going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
-        attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, team)
+        attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, plan, team)
         if mixed_gain.shape[1]:
             added[:going] = 0
             add_product(mixed, out[layer], out_scale[layer], added, going, team)
@@ -286,7 +287,7 @@ def store_layers(
     qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
     qkv_bias, gains, first_gain = biases[0], biases[2], biases[3]
     norms, whole = traits[NORMED_FIRST], traits[WHOLE_HEADS]
-    normed, projected, team = buffers[0], buffers[1], buffers[6]
+    normed, projected, team = buffers[0], buffers[1], buffers[7]
     tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
     for layer in range(start, stop):
         _given(x, floors[0], norms, first_gain[layer], normed, tokens)

@@ -10,6 +10,7 @@ from typing import Any
 
 from numba import njit
 from numba.core.caching import NullCache
+from numba.core.cpu import CPUTargetOptions
 
 _FOLDER = Path(__file__).parent
 _COMPILED_TOO = tuple(_FOLDER.parent / "engine" / name for name in ("drafts.py", "thrift.py"))
@@ -59,5 +60,12 @@ def borrowing(function: Any) -> Any:
 
 
 def _made(function: Any, counts: bool) -> Any:
-    options = {"fastmath": _SUMS, "nogil": True, "cache": True, "error_model": "numpy"}
-    return stamped(njit(function, _nrt=counts, **options))
+    options: dict[str, Any] = {
+        "fastmath": _SUMS,
+        "nogil": True,
+        "cache": True,
+        "error_model": "numpy",
+    }
+    if hasattr(CPUTargetOptions, "_nrt"):  # else all is counted, and that much slower
+        options["_nrt"] = counts
+    return stamped(njit(function, **options))

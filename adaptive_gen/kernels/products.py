@@ -184,7 +184,7 @@ def _shared(
     return True
 
 
-@borrowing
+@compiled
 def help_product(team: Any, index: int) -> None:
     """Do a chunk of the shared product."""
     job = team[words.JOB : words.JOB + words.JOB_WORDS]
