@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core.caching import NullCache
+from numba.core.caching import IndexDataCacheFile, NullCache
 from numba.core.cpu import CPUTargetOptions
 
 _FOLDER = Path(__file__).parent
@@ -28,6 +28,21 @@ def digest(sources: list[Path]) -> str:
 SOURCES = digest(sorted([*_FOLDER.glob("*.py"), *_COMPILED_TOO]))
 
 
+class CodeFiles(IndexDataCacheFile):
+    """Machine code on disk that several processes may write at once.
+
+    numba numbers the files, and names one in the index before it is written: meanwhile another
+    process finds there what was compiled from older sources, or for other types.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep code under a name of its own, and then tell the index."""
+        own = hashlib.sha256(self._dump((self._source_stamp, key))).hexdigest()[:32]
+        name = f"{self._index_name.removesuffix('.nbi')}.{own}.nbc"
+        self._save_data(name, data)
+        self._save_index({**self._load_index(), key: name})
+
+
 def stamped(function: Any, sources: str = SOURCES) -> Any:
     """A function that numba compiles, and keeps for these sources only.
 
@@ -35,7 +50,10 @@ def stamped(function: Any, sources: str = SOURCES) -> Any:
     """
     try:
         kept = function._cache._cache_file
-        kept._source_stamp = kept._source_stamp, sources
+        for needed in ("_dump", "_load_index", "_save_index", "_save_data"):
+            getattr(CodeFiles, needed)
+        base, stamp = kept._index_name.removesuffix(".nbi"), (kept._source_stamp, sources)
+        function._cache._cache_file = CodeFiles(kept._cache_path, base, stamp)
     except AttributeError:
         function._cache = NullCache()
     return function
