@@ -166,3 +166,21 @@ def test_a_table_of_rotations_serves_threads_that_ask_for_other_lengths():
         asked = [10, 3000, 300, 2000] * 50
         found = pool.map(lambda stop: (stop, len(turns.table(like, stop))), asked)
         assert all(length >= stop for stop, length in found)
+
+
+def test_queries_that_grow_with_their_position_are_left_to_the_modules(tiny_llama):
+    """As Ministral 3's do beyond the length it was trained on, which few tokens do not show."""
+    model = tiny_llama()
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0.1
+    model = adaptive_gen.wrap(model)
+    assert state(model).backend.name == "module"
+    assert "llama_4_scaling_beta" in state(model).backend.reason
+
+
+def test_a_final_norm_that_does_not_say_its_eps_is_called_itself(tiny_llama):
+    model = tiny_llama()
+    model.model.norm = torch.nn.RMSNorm(32)
+    model = adaptive_gen.wrap(model)
+    ids, settings = torch.arange(3, 11)[None], {"max_new_tokens": 12, "do_sample": False}
+    ours = model.generate(ids, adaptive=True, threshold=1.0, **settings)
+    assert torch.equal(ours, model.generate(ids, **settings))
