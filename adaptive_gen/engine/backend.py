@@ -149,8 +149,6 @@ class Backend:
         if plain is None:
             return lambda *args: wide(decoder.embed(*args))
         module, factor = plain
-        if factor == 1:
-            return lambda ids, _: wide(F.embedding(ids, module.weight))
         # Multiplied in float32, as everything that follows.
         return lambda ids, _: wide(F.embedding(ids, module.weight)) * factor
 

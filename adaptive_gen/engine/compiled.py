@@ -110,7 +110,7 @@ class CompiledSegment:
         cut = hidden if hidden.shape[1] == span.time else hidden[:, : span.time]
         cache.pair(self.model.fused.turns.paired)
         kv = cache.hold(self.start, self.stop, span, hidden, sizes.kv_heads, sizes.head_dim)
-        desk.place(self.model.fused.decoder.positions, cut, span)
+        desk.place(cut, span)
         if desk.filling:
             rows = cut.reshape(-1, sizes.hidden)[desk.index]
             desk.hidden[: rows.shape[0]] = rows

@@ -12,7 +12,6 @@ from torch import Tensor
 from .cache import Span
 from .machine_code import kernel
 from .panelled import padding
-from .positions import Positions
 from .team import helpers, threads
 from .turns import Turns
 from .workspace import Sizes
@@ -72,7 +71,7 @@ class Desk:
             self._outs[rows, time] = self.hidden[: rows * time].view(rows, time, -1)
         return self._outs[rows, time]
 
-    def place(self, positions: Positions, hidden: Tensor, span: Span) -> None:
+    def place(self, hidden: Tensor, span: Span) -> None:
         """Work out where a block's tokens stand and how they are rotated, unless that is known."""
         at = span.rows, span.starts, span.counts
         if at == self._span:
@@ -90,7 +89,7 @@ class Desk:
         if self.filling:
             counted = enumerate(span.counts)
             self.index = torch.tensor([r * span.time + i for r, n in counted for i in range(n)])
-        if positions.tabled:
+        if self._turning.tabled:
             turns = self.turns_until(hidden, span.stop)
             alone = len(span.starts) == 1
             self.turns = turns[span.starts[0] : span.stop] if alone else turns[self.tokens[:, 1]]

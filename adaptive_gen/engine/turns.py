@@ -53,13 +53,18 @@ class Turns:
         # How many coordinates have to be put side by side; see `KVCache.pair`.
         self.paired = positions.width if HALVES in pairings else 0
 
+    @property
+    def tabled(self) -> bool:
+        """Whether one table serves texts of any length."""
+        return self._positions.tabled
+
     def __len__(self) -> int:
         """How many kinds of rotation there are."""
         return len(self._kinds)
 
     def __call__(self, hidden: Tensor, where: Span) -> Tensor:
         """A block's rotations [rows or 1, time, kinds, pairs], as precise as `hidden`."""
-        if not self._positions.tabled:
+        if not self.tabled:
             return self._at(hidden, where.positions(hidden.device))
         table = self.table(hidden, where.stop)
         if where.even:

@@ -100,6 +100,7 @@ def _add_for(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: 
 
 @compiled
 def _add_rounded(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int) -> None:
+    """The same, of states rounded to bytes."""
     # Held here while helpers read it: what is called only borrows it.
     states = rounded(x, w.shape[1], tokens)
     _add_states(states, _kind(x, w), w, scale, y, tokens, team, first)
