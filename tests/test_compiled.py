@@ -19,7 +19,7 @@ from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.engine.panelled import in_panels, padding
-from adaptive_gen.kernels import cpu, dots, panels, processor, products
+from adaptive_gen.kernels import cpu, dots, pairs, panels, processor, products
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
@@ -46,24 +46,34 @@ def test_a_product_of_panels_is_the_matrix_product_for_any_number_of_tokens(toke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize("inner", [32, 44])
+@pytest.mark.parametrize("inner", [32, 44, pairs.ROWS, 2 * pairs.ROWS + 44])
 def test_a_product_of_rounded_weights_is_that_of_what_they_stand_for(inner, tokens, dtype):
     """And of states rounded to 16 bits, where the processor multiplies integers."""
     x = torch.randn(9, inner, dtype=dtype) * torch.logspace(-2, 3, 9, dtype=dtype)[:, None]
     matrix = Int8Matrix.of(torch.randn(inner, 40))
     got = product(x, matrix, 40, tokens)
     off = (got[:tokens] - 1 - x[:tokens] @ matrix.float().to(dtype)).abs().double()
-    lost = dots.ROUNDING * x[:tokens].abs().amax(1, keepdim=True) if processor.DOTS else 0.0
+    lost = dots.ROUNDING * x[:tokens].abs().amax(1, keepdim=True) if processor.INTEGERS else 0.0
     rounding = (
         4 * torch.finfo(torch.float32).eps * (1 + x[:tokens].abs() @ matrix.float().abs().to(dtype))
     )
     assert (off <= lost * matrix.float().abs().sum(0) + rounding).all()
     assert (got[tokens:] == 1).all()
-    if processor.DOTS:
-        states = x / x.abs().amax(1, keepdim=True) * (127 * 256)
-        exact = states.round() / (127 * 256) * x.abs().amax(1, keepdim=True)
-        expected = 1 + exact[:tokens] @ matrix.float().to(dtype)
-        torch.testing.assert_close(got[:tokens], expected, rtol=1e-5, atol=1e-3)
+    if processor.INTEGERS:
+        step = x[:tokens].abs().amax(1, keepdim=True) / dots.LARGEST
+        expected = 1 + step * (x[:tokens] / step).round() @ matrix.float().to(dtype)
+        # A state between two steps may have been rounded to the other one.
+        other = 3 * step * float(matrix.float().abs().max())
+        assert ((got[:tokens] - expected).abs() <= other + rounding).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("inner", [pairs.ROWS, 9 * pairs.ROWS])
+def test_a_product_of_rounded_weights_of_the_largest_numbers_does_not_overflow(inner, sign):
+    x, matrix = torch.full((3, inner), float(sign)), Int8Matrix.of(torch.ones(inner, 40))
+    assert (matrix.steps == 127).all()
+    expected = 1 + x @ matrix.float()
+    torch.testing.assert_close(product(x, matrix, 40, 3), expected, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

@@ -28,6 +28,9 @@ from adaptive_gen.kernels import lanes, panels, processor
 if "avx512" in hidden:
     assert (lanes.LANES, panels.TILE) == (8, 4)
 assert processor.DOTS == (hidden == ("avx512",) and bool(known().get("avxvnni")))
+if "avxvnni" in hidden:
+    avx2 = known().get("avx2", False) and "avx2" not in hidden
+    assert processor.PAIRS == (avx2 and not processor.WIDE)
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
@@ -38,9 +41,10 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
     [
         ("avx512", ["test_attending.py", "test_compiled.py", "test_logits.py"]),
         ("avx512,avxvnni", ["test_compiled.py", "test_screen.py", "test_team.py"]),
+        ("avx512,avxvnni,avx2", ["test_compiled.py", "test_screen.py", "test_team.py"]),
         ("avx512vnni,avxvnni,f16c", ["test_compiled.py", "test_team.py"]),
     ],
-    ids=["registers of eight", "the same without dots of bytes", "no dots of bytes, no float16"],
+    ids=["registers of eight", "bytes in pairs", "bytes as floats", "no dots of bytes, no float16"],
 )
 def test_they_give_the_same(hidden, files, tmp_path):
     """Code for them is compiled anew, and kept apart."""

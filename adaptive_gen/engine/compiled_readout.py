@@ -95,7 +95,7 @@ def _share_lost(columns: Tensor) -> float:
     """
     inner = columns.shape[0]
     sums = 4 * inner * torch.finfo(columns.dtype).eps
-    states = kernel("dots").ROUNDING * math.sqrt(inner) if kernel("processor").DOTS else 0.0
+    states = kernel("dots").ROUNDING * math.sqrt(inner) if kernel("processor").INTEGERS else 0.0
     return sums + states
 
 

@@ -140,7 +140,8 @@ def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
     """An [in, out] matrix as [panels, in, PANEL] with zeros at the end, and its columns' scale.
 
     What has no scale of its own has one of 1, in the dtype of `like`. Half precision comes as
-    `narrow.bits`, and 8 bits where there is an instruction for them as `kernels.dots` has them.
+    `narrow.bits`, and 8 bits as `kernels.dots` or `kernels.pairs` has them, where there is an
+    instruction for it.
     """
     if isinstance(matrix, Int8Matrix):
         steps, scale = matrix.steps.t(), matrix.scale.to(like.dtype)
@@ -152,20 +153,28 @@ def in_panels(matrix: Matrix, like: Tensor) -> tuple[Any, Any]:
     padded = F.pad(steps, (0, padding(outer))).view(inner, -1, PANEL)
     panels = aligned((padded.shape[1], inner, PANEL), padded.numpy().dtype)
     torch.from_numpy(panels).copy_(padded.transpose(0, 1))
-    if isinstance(matrix, Int8Matrix) and kernel("processor").DOTS:
-        panels = _in_quads(panels)
+    if isinstance(matrix, Int8Matrix):
+        panels = _as_bytes(panels)
     return panels, F.pad(scale, (0, padding(outer))).numpy()
 
 
-def _in_quads(panels: Any) -> Any:
-    """Panels of int8 in the order of `kernels.dots`, and with its offset as uint8."""
-    dots = kernel("dots")
+def _as_bytes(panels: Any) -> Any:
+    """Panels of int8 as this processor multiplies them: as integers, in uint8, where it can."""
+    processor = kernel("processor")
+    if processor.DOTS:
+        # Adding half of what a byte may hold turns its first bit over.
+        stored = _interleaved(panels, kernel("dots").QUAD)
+        stored ^= kernel("dots").OFFSET
+        return stored
+    return _interleaved(panels, kernel("pairs").PAIR) if processor.PAIRS else panels
+
+
+def _interleaved(panels: Any, rows: int) -> Any:
+    """Panels in which bytes of as many rows of a column lie together."""
     count, inner, columns = panels.shape
     stored = aligned(panels.shape, np.uint8)
-    by_quad = panels.view(np.uint8).reshape(count, inner // dots.QUAD, dots.QUAD, columns)
-    # Adding half of what a byte may hold turns its first bit over.
-    stored.reshape(count, inner // dots.QUAD, columns, dots.QUAD)[:] = by_quad.swapaxes(2, 3)
-    stored ^= dots.OFFSET
+    together = panels.view(np.uint8).reshape(count, inner // rows, rows, columns)
+    stored.reshape(count, inner // rows, columns, rows)[:] = together.swapaxes(2, 3)
     return stored
 
 

@@ -44,16 +44,20 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
 
     AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
     follow the memory by themselves as long as they wait for it, where asking disturbs them: with
-    one token, and Zen 4 with two. The more there is to do for each byte, the further ahead Zen 4 is
-    asked. Intel's look too few lines ahead too, and stop at the end of a page. Other makers' are
-    taken for Intel's, unmeasured.
+    one token in float32, and Zen 4 with two. The more there is to do for each byte, the further
+    ahead they are asked. Intel's look too few lines ahead too, and stop at the end of a page. Other
+    makers' are taken for Intel's, unmeasured.
     """
     if ZEN >= 5:
         return ((8192, 1, 1),)
-    if ZEN == 4 and tokens > 2:
+    if ZEN == 4:
+        if tokens <= 2:
+            return ()
         return ((4096, 1, 1),) if tokens < 2 + bytes_each else ((8192, 2, 1),)
     if AMD:
-        return () if tokens == 1 or ZEN == 4 else ((1024, 1, 1),)
+        if bytes_each < 4:
+            return ((1024, 1, 1),) if tokens == bytes_each == 1 else ((2048, 1, 1),)
+        return () if tokens == 1 else ((1024, 1, 1),)
     if bytes_each == 1:
         return (2048, 1, 1), (8192, 2, 2)
     return ((1024, 1, 1), (4096, 2, 2)) if tokens == 1 else ((2048, 1, 1), (8192, 2, 1))

@@ -22,15 +22,15 @@ from numba.core import cgutils
 from .ahead import ask, ask_behind
 from .freshness import compiled
 from .processor import LANES
-from .vectors import LANE, every, loop, word
+from .vectors import LANE, every, load, loop, place_of, word
 
 QUAD = 4  # rows of weights that are multiplied at a time
 OFFSET = 128
-_LARGEST = 127 * 256  # of 16 bits, so that a byte holds the upper half however it is rounded
+LARGEST = 127 * 256  # of 16 bits, so that a byte holds the upper half however it is rounded
 # What a state may be off by, as a share of the largest one of its token: half a step, and rounding.
-ROUNDING = 0.51 / _LARGEST
+ROUNDING = 0.51 / LARGEST
 # Behind its two bytes for each weight a token has its factor and what `OFFSET` adds to the sums.
-_TAIL = 12
+TAIL = 12
 
 _INTEGERS = ir.VectorType(LANE, LANES)
 _OF_BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
@@ -45,14 +45,14 @@ def rounded(x: Any, inner: int, tokens: int) -> Any:
 
     Where one of them is nan or infinite, so is their factor.
     """
-    out = np.empty((tokens, 2 * inner + _TAIL), np.int8)
+    out = np.empty((tokens, 2 * inner + TAIL), np.int8)
     for m in range(tokens):
         row = x[m, :inner]
         largest = total = row.dtype.type(0)
         for n in range(inner):
             largest = max(largest, abs(row[n]))
             total += row[n]
-        steps = row.dtype.type(_LARGEST) / largest if largest > 0 else largest
+        steps = row.dtype.type(LARGEST) / largest if largest > 0 else largest
         upper, lower = out[m, :inner], out[m, inner : 2 * inner]
         upper_sum = lower_sum = np.int32(0)
         for n in range(inner):
@@ -63,7 +63,7 @@ def rounded(x: Any, inner: int, tokens: int) -> Any:
             upper_sum += high
             lower_sum += low
         tail = out[m, 2 * inner :]
-        tail[:4].view(np.float32)[0] = largest / row.dtype.type(_LARGEST) + 0 * total
+        tail[:4].view(np.float32)[0] = largest / row.dtype.type(LARGEST) + 0 * total
         offsets = tail[4:].view(np.int32)
         offsets[0], offsets[1] = OFFSET * upper_sum, OFFSET * lower_sum
     return out
@@ -102,10 +102,10 @@ def dots(tokens: int, shared: bool, panel_columns: int) -> Any:
             else:
                 ask_behind(builder, builder.gep(weights, [place]), 0, tokens, bytes_each=1)
             starts = [builder.add(place, word(QUAD * LANES * part)) for part in range(parts)]
-            loaded = [_load(builder, weights, start, _INTEGERS, align=1) for start in starts]
+            loaded = [load(builder, weights, start, _INTEGERS, align=1) for start in starts]
             grown = []
             for start in halves:
-                four = _load(builder, states, builder.add(start, k), LANE, align=1)
+                four = load(builder, states, builder.add(start, k), LANE, align=1)
                 signed = every(builder, four, LANES)
                 grown += [
                     _dot(builder, sums[len(grown) + n], w, signed) for n, w in enumerate(loaded)
@@ -156,10 +156,10 @@ def _add_to_totals(
     number, parts = totals.type.pointee, len(sums) // (2 * len(tails))
     numbers = ir.VectorType(number, LANES)
     for m, (tail, place) in enumerate(zip(tails, places, strict=True)):
-        factor = _load(builder, states, tail, ir.FloatType(), align=1)
+        factor = load(builder, states, tail, ir.FloatType(), align=1)
         factor = builder.fpext(factor, number) if number != ir.FloatType() else factor
         ends = [builder.add(tail, word(at)) for at in (4, 8)]
-        offsets = [every(builder, _load(builder, states, e, LANE, align=1), LANES) for e in ends]
+        offsets = [every(builder, load(builder, states, e, LANE, align=1), LANES) for e in ends]
         for part in range(parts):
             upper, lower = (
                 builder.sitofp(
@@ -169,18 +169,10 @@ def _add_to_totals(
             )
             weight = ir.Constant(numbers, [256.0] * LANES)
             product = builder.fadd(builder.fmul(upper, weight), lower)
-            scale = _load(builder, scales, builder.add(left, word(LANES * part)), numbers, align=4)
+            scale = load(builder, scales, builder.add(left, word(LANES * part)), numbers, align=4)
             product = builder.fmul(product, builder.fmul(every(builder, factor, LANES), scale))
-            at = _address(builder, totals, builder.add(place, word(LANES * part)), numbers)
+            at = place_of(builder, totals, builder.add(place, word(LANES * part)), numbers)
             builder.store(builder.fadd(builder.load(at, align=4), product), at, align=4)
-
-
-def _address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
-    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
-
-
-def _load(builder: Any, data: Any, index: Any, kind: Any, align: int) -> Any:
-    return builder.load(_address(builder, data, index, kind), align=align)
 
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:

@@ -15,7 +15,8 @@ from numba.extending import intrinsic
 from .ahead import LINE, ask, ask_behind
 from .dots import dots
 from .half import BFLOAT16, FLOAT16, widened
-from .processor import CONVERTS_FLOAT16, DOTS, WIDE
+from .pairs import pairs
+from .processor import CONVERTS_FLOAT16, DOTS, INTEGERS, WIDE
 from .vectors import SUMS, WORD, every, word
 
 PANEL = 16  # columns of a panel
@@ -34,11 +35,11 @@ def _adder(tokens: int, shared: bool = False) -> Any:
     """An intrinsic that adds the product of `tokens` rows with one panel to what stands there.
 
     Its arguments: rows x [.., in or more], w [panels, in, PANEL] of x's dtype, int8, one of
-    `half`'s two, or with x and w in bytes as `dots` has them; what each column of w is multiplied
-    by, [panels * PANEL], y [.., panels * PANEL], the first row of x and y, the panel, and which of
-    how many calls for this panel it is. It asks for memory before it is needed: in the order it
-    reads, see `ahead`; or, where a panel's calls are several, for the next panel, a job that they
-    share, so that memory is not idle while a panel is used again.
+    `half`'s two, or with x and w in bytes as `dots` or `pairs` has them; what each column of w is
+    multiplied by, [panels * PANEL], y [.., panels * PANEL], the first row of x and y, the panel,
+    and which of how many calls for this panel it is. It asks for memory before it is needed: in the
+    order it reads, see `ahead`; or, where a panel's calls are several, for the next panel, a job
+    that they share, so that memory is not idle while a panel is used again.
     """
     # Sums that do not wait for each other: as many as the processor has under way at a time.
     chains = max(chains for chains in (1, 2, DEPTH) if chains == 1 or chains * tokens <= TILE)
@@ -55,10 +56,10 @@ def _adder(tokens: int, shared: bool = False) -> Any:
         tiles: Any,
     ) -> Any:
         signature = types.void(x, w, scale, y, *[types.int64] * 4)
-        if (w.dtype == types.uint8 and not DOTS) or (w.dtype == FLOAT16 and not CONVERTS_FLOAT16):
+        if w.dtype == types.uint8 and INTEGERS:
+            return signature, (dots if DOTS else pairs)(tokens, shared, PANEL)
+        if w.dtype == types.uint8 or (w.dtype == FLOAT16 and not CONVERTS_FLOAT16):
             return signature, _nothing
-        if w.dtype == types.uint8:
-            return signature, dots(tokens, shared, PANEL)
         number = x.dtype.bitwidth // 8
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

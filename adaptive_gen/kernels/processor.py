@@ -25,5 +25,8 @@ WIDE = "avx512f" in _FEATURES  # registers of 16 float32, and 32 of them
 LANES = 16 if WIDE else 8  # float32 of a register
 # Whether it adds up products of bytes, four at a time, in one instruction (VNNI).
 DOTS = _X86 and ("avx512vnni" if WIDE else "avxvnni") in _FEATURES
+# Whether instead it does so two at a time, with 16 bits each.
+PAIRS = _X86 and "avx2" in _FEATURES and not WIDE and not DOTS
+INTEGERS = DOTS or PAIRS  # in which products with weights in 8 bits are added up
 # An x86 processor without F16C would call a library for each float16.
 CONVERTS_FLOAT16 = not _X86 or "f16c" in _FEATURES

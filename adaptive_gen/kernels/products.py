@@ -6,11 +6,12 @@ from numba import types
 from numba.extending import overload
 from numba.np.numpy_support import carray
 
+from . import dots, pairs
 from . import team as words
-from .dots import rounded
 from .freshness import borrowing, compiled
 from .half import BFLOAT16, FLOAT16
 from .panels import ADDERS, PANEL, TILE, add_tile
+from .processor import PAIRS
 from .team import (
     BFLOATS,
     BYTES,
@@ -25,6 +26,7 @@ from .team import (
     unsigned_at,
 )
 
+rounded = pairs.rounded if PAIRS else dots.rounded
 add_one, add_two, add_three, add_four = ADDERS[:4]
 # With tiles of four the other names are needed too, for code that is never reached.
 add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
@@ -135,7 +137,7 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
     Args:
         x: [.., in or more]; `in` is a multiple of `DEPTH`.
         w: [panels, in, PANEL], column n of the matrix in panel n // PANEL; of x's dtype, int8,
-            uint8 as `dots` has it, or for x in float32 one of `half`'s two.
+            uint8 as `dots` or `pairs` has it, or for x in float32 one of `half`'s two.
         scale: of each column, [panels * PANEL].
         y: [.., panels * PANEL].
         tokens: at least 1.

@@ -25,6 +25,16 @@ def lanes(indices: Sequence[int]) -> Any:
     return ir.Constant(ir.VectorType(LANE, len(indices)), [*indices])
 
 
+def place_of(builder: Any, data: Any, index: Any, kind: Any) -> Any:
+    """A pointer to something of a kind that begins with the number with an index."""
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def load(builder: Any, data: Any, index: Any, kind: Any, align: int) -> Any:
+    """What is there."""
+    return builder.load(place_of(builder, data, index, kind), align=align)
+
+
 def every(builder: Any, value: Any, count: int) -> Any:
     """A vector with a value in each of its lanes."""
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
