@@ -21,8 +21,9 @@ from .vectors import SUMS, WORD, every, word
 
 PANEL = 16  # columns of a panel
 DEPTH = 4  # the inner size of a product is a multiple of it
-# A panel's sums for four tokens fill the registers of AVX2; AVX-512 has four times as many numbers.
-TILE = 8 if WIDE else 4  # tokens that share a reading of a panel
+# AVX2's registers hold a panel's sums for six tokens; AVX-512's have four times as many numbers.
+MOST = 8 if WIDE else 6  # tokens that share a reading of a panel
+TILE = 8 if WIDE else 4  # of more tokens, those that do
 _BYTES = ir.IntType(8).as_pointer()
 
 
@@ -151,5 +152,5 @@ def _adder(tokens: int, shared: bool = False) -> Any:
     return intrinsic(add_panel)
 
 
-ADDERS = tuple(_adder(n) for n in range(1, TILE + 1))
+ADDERS = tuple(_adder(n) for n in range(1, MOST + 1))
 add_tile = _adder(TILE, shared=True)

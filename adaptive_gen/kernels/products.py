@@ -10,7 +10,7 @@ from . import dots, pairs
 from . import team as words
 from .freshness import borrowing, compiled
 from .half import BFLOAT16, FLOAT16
-from .panels import ADDERS, PANEL, TILE, add_tile
+from .panels import ADDERS, MOST, PANEL, TILE, add_tile
 from .processor import PAIRS
 from .team import (
     BFLOATS,
@@ -27,14 +27,14 @@ from .team import (
 )
 
 rounded = pairs.rounded if PAIRS else dots.rounded
-add_one, add_two, add_three, add_four = ADDERS[:4]
-# With tiles of four the other names are needed too, for code that is never reached.
-add_five, add_six, add_seven, add_eight = (*ADDERS[4:], *ADDERS[:4])[:4]
+add_one, add_two, add_three, add_four, add_five, add_six = ADDERS[:6]
+# Where six is the most the other names are needed too, for code that is never reached.
+add_seven, add_eight = (*ADDERS[6:], *ADDERS[:2])[:2]
 
 
 @borrowing
 def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: int) -> None:
-    """One panel's product with the tokens from `row` on: at most a tile, which may be none."""
+    """One panel's product with the tokens from `row` on, at most `MOST`; there may be none."""
     left = tokens - row
     if left == 1:
         add_one(x, w, scale, y, row, panel, 0, 1)
@@ -44,12 +44,12 @@ def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: 
         add_three(x, w, scale, y, row, panel, 0, 1)
     elif left == 4:
         add_four(x, w, scale, y, row, panel, 0, 1)
-    elif TILE > 4:
-        if left == 5:
-            add_five(x, w, scale, y, row, panel, 0, 1)
-        elif left == 6:
-            add_six(x, w, scale, y, row, panel, 0, 1)
-        elif left == 7:
+    elif left == 5:
+        add_five(x, w, scale, y, row, panel, 0, 1)
+    elif left == 6:
+        add_six(x, w, scale, y, row, panel, 0, 1)
+    elif MOST > 6:
+        if left == 7:
             add_seven(x, w, scale, y, row, panel, 0, 1)
         elif left == 8:
             add_eight(x, w, scale, y, row, panel, 0, 1)
@@ -58,7 +58,7 @@ def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: 
 @borrowing
 def add_panels(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int, last: int) -> None:
     """`add_product` for the panels `first`..`last`."""
-    tiles = tokens // TILE if tokens > TILE else 0
+    tiles = tokens // TILE if tokens > MOST else 0
     for panel in range(first, last):
         for tile in range(tiles):
             add_tile(x, w, scale, y, TILE * tile, panel, tile, tiles)
