@@ -11,7 +11,16 @@ from numba.np.numpy_support import carray
 from . import team as words
 from .exponential import exp
 from .freshness import borrowing, compiled
-from .lanes import LANES, add_values, by_lanes, multiply_lanes, score_keys, share_out
+from .lanes import (
+    LANES,
+    add_values,
+    add_values_four_times,
+    add_values_twice,
+    by_lanes,
+    multiply_lanes,
+    score_keys,
+    share_out,
+)
 from .team import ATTENTION, LEAST_BYTES, MASK, SHARES, floats_at, integers_at
 
 TOGETHER = 8  # queries that read keys and values together
@@ -207,15 +216,23 @@ def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
         if not wide or seen < LANES:
             _score_each(query, head_dim, keys, step, seen, own)
         share_out(own, seen, own + 4 * (room - 1))
-    for j in range(0, longest, NEAR):
+    size, one, two, four = 4 * head_dim, 4 * LANES, 8 * LANES, 16 * LANES
+    near = NEAR if count > 1 else longest
+    for j in range(0, longest, near):
         for n in range(count):
             own, seen, out = together[n, OWN] + 4 * j, together[n, SEEN], together[n, OUT]
-            seen, near = min(NEAR, seen - j), values + j * step
-            if wide:
-                for d in range(0, 4 * head_dim, 4 * LANES):
-                    add_values(own, seen, near + d, step, out + d, j == 0)
-            else:
-                _add_each(own, seen, near, step, out, head_dim, j == 0)
+            seen, of, d = min(near, seen - j), values + j * step, 0
+            if not wide:
+                _add_each(own, seen, of, step, out, head_dim, j == 0)
+                continue
+            while size - d >= four:
+                add_values_four_times(own, seen, of + d, step, out + d, j == 0)
+                d += four
+            if size - d >= two:
+                add_values_twice(own, seen, of + d, step, out + d, j == 0)
+                d += two
+            if size - d >= one:
+                add_values(own, seen, of + d, step, out + d, j == 0)
     for n in range(count):
         out, factor = together[n, OUT], together[n, OWN] + 4 * (room - 1)
         if wide:

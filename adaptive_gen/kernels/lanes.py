@@ -20,8 +20,8 @@ from .vectors import SUMS, WORD, every, folded, lane, lanes, larger, loop, word
 
 _instructions: Any = intrinsic  # whose functions are called without their first argument
 
-_CHAINS = 4  # sums that do not wait for each other
-_EVEN, _ODD = lanes(range(0, 2 * LANES, 2)), lanes(range(1, 2 * LANES, 2))
+_UNDER_WAY = 8  # sums that do not wait for each other
+_PART = 4  # numbers of a register's parts, within which processors move them quickest
 _NUMBER = ir.FloatType()
 _VECTOR = ir.VectorType(_NUMBER, LANES)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
@@ -46,6 +46,30 @@ def _store(builder: Any, value: Any, address: Any, index: Any) -> None:
 def _spread(builder: Any, address: Any, index: Any) -> Any:
     """The number with an index in every lane."""
     return every(builder, builder.load(_at(builder, address, index, _NUMBER)), LANES)
+
+
+def _halves(width: int) -> list[Any]:
+    """For each half of what is left of two sums, the one whose sum with the other halves them.
+
+    `width` numbers of each sum are left, and as many sums lie side by side as that leaves room for.
+    What is left of the first vector's sums comes before that of the second's.
+    """
+    if width > LANES // _PART:  # within each part
+        places = [
+            [
+                part + which * LANES + at
+                for part in range(0, LANES, _PART)
+                for which in range(2)
+                for at in range(first, _PART, 2)
+            ]
+            for first in range(2)
+        ]
+    else:  # whole parts
+        places = [
+            [at + n for at in range(first * _PART, 2 * LANES, 2 * _PART) for n in range(_PART)]
+            for first in range(2)
+        ]
+    return [lanes(each) for each in places]
 
 
 def _add_product(builder: Any, total: Any, one: Any, other: Any) -> Any:
@@ -84,10 +108,11 @@ def score_keys(context: Any, query: Any, size: Any, keys: Any, step: Any, scores
 
         _, *sums = loop(builder, word(0), size, LANES, [_ZEROS] * LANES, products)
         while len(sums) > 1:
+            first, second = _halves(len(sums))
             sums = [
                 builder.fadd(
-                    builder.shuffle_vector(one, other, _EVEN),
-                    builder.shuffle_vector(one, other, _ODD),
+                    builder.shuffle_vector(one, other, first),
+                    builder.shuffle_vector(one, other, second),
                     flags=SUMS,
                 )
                 for one, other in zip(sums[::2], sums[1::2], strict=True)
@@ -147,39 +172,59 @@ def share_out(context: Any, scores: Any, count: Any, factor: Any) -> Any:
     return types.void(*[types.int64] * 3), generate
 
 
-@_instructions
-def add_values(
-    context: Any, shares: Any, count: Any, values: Any, step: Any, out: Any, anew: Any
-) -> Any:
-    """Add `count` values, `step` bytes each, times their shares to LANES dimensions of `out`.
+def _values_adder(parts: int) -> Any:
+    """`add_values` for as many registers' dimensions at once, which share the reading of shares."""
+    chains = _UNDER_WAY // parts
 
-    What stood there is forgotten if this is `anew`.
-    """
+    def add_values(
+        context: Any, shares: Any, count: Any, values: Any, step: Any, out: Any, anew: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            shares, count, values, step, out, anew = args
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        shares, count, values, step, out, anew = args
+            def add(totals: list[Any], key: Any) -> list[Any]:
+                share = _spread(builder, shares, key)
+                value = builder.add(values, builder.mul(key, step))
+                return [
+                    _add_product(builder, total, share, _load(builder, value, word(LANES * part)))
+                    for part, total in enumerate(totals)
+                ]
 
-        def add(total: Any, key: Any) -> Any:
-            value = _load(builder, builder.add(values, builder.mul(key, step)), word(0))
-            return _add_product(builder, total, _spread(builder, shares, key), value)
+            def several(key: Any, sums: list[Any]) -> list[Any]:
+                return [
+                    total
+                    for chain in range(chains)
+                    for total in add(
+                        sums[parts * chain : parts * (chain + 1)], builder.add(key, word(chain))
+                    )
+                ]
 
-        def several(key: Any, sums: list[Any]) -> list[Any]:
-            return [add(total, builder.add(key, word(n))) for n, total in enumerate(sums)]
+            def one(key: Any, sums: list[Any]) -> list[Any]:
+                return add(sums, key)
 
-        def one(key: Any, sums: list[Any]) -> list[Any]:
-            return [add(sums[0], key)]
+            places = [word(LANES * part) for part in range(parts)]
+            before = [
+                builder.select(anew, _ZEROS, _load(builder, out, place)) for place in places
+            ]
+            begin = [*before, *[_ZEROS] * (parts * (chains - 1))]
+            done, *sums = loop(builder, word(0), count, chains, begin, several)
+            while len(sums) > parts:
+                half = len(sums) // 2
+                together = zip(sums[:half], sums[half:], strict=True)
+                sums = [builder.fadd(one, other, flags=SUMS) for one, other in together]
+            _, *totals = loop(builder, done, count, 1, sums, one)
+            for place, total in zip(places, totals, strict=True):
+                _store(builder, total, out, place)
+            return context.get_dummy_value()
 
-        before = builder.select(anew, _ZEROS, _load(builder, out, word(0)))
-        begin = [before, *[_ZEROS] * (_CHAINS - 1)]
-        done, *sums = loop(builder, word(0), count, _CHAINS, begin, several)
-        while len(sums) > 1:
-            pairs = zip(sums[::2], sums[1::2], strict=True)
-            sums = [builder.fadd(one, other, flags=SUMS) for one, other in pairs]
-        _, total = loop(builder, done, count, 1, sums, one)
-        _store(builder, total, out, word(0))
-        return context.get_dummy_value()
+        return types.void(*[types.int64] * 5, types.boolean), generate
 
-    return types.void(*[types.int64] * 5, types.boolean), generate
+    return _instructions(add_values)
+
+
+# Add `count` values, `step` bytes each, times their shares to what stands in `out`, for LANES
+# dimensions, or twice or four times as many. What stood there is forgotten if this is `anew`.
+add_values, add_values_twice, add_values_four_times = map(_values_adder, (1, 2, 4))
 
 
 @_instructions
