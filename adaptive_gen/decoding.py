@@ -160,11 +160,10 @@ class TokenLoop:
         room = [int(min(length - text.width, _MOST_ROOM)) for text in texts]
         found = self._stretch.run(newest, room, ends)
         new: list[Step] = []
-        for text, emitted in zip(texts, found, strict=True):
-            if not emitted:
+        for text, steps in zip(texts, found, strict=True):
+            if not steps:
                 continue
-            self.texts.extend(text, [each.token for each in emitted])
-            steps = [Step(*each) for each in emitted]
+            self.texts.extend(text, [step.token for step in steps])
             # Only the last of them may have ended the text.
             ended = text.width >= length or steps[-1].token in ends
             steps[-1] = steps[-1]._replace(last=ended)

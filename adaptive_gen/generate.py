@@ -124,6 +124,16 @@ class AdaptiveMixin(_CausalLM):
             state(self).tell_once(withdrawn(changes))
         return dataclasses.replace(settings, certificate=None)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Make no cache for a text that has one of ours."""
+        given = model_kwargs.get("past_key_values") is not None
+        if given or not getattr(generation_config, "adaptive", None):
+            super()._prepare_cache_for_generation(  # type: ignore[reportAttributeAccessIssue]
+                generation_config, model_kwargs, *args, **kwargs
+            )
+
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
     ) -> None:

@@ -17,8 +17,9 @@ from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled import MOST_ROWS
-from adaptive_gen.engine.fusing import fuse, narrow_readout, narrowed
+from adaptive_gen.engine.fusing import fuse, narrow_readout, narrowed, wide
 from adaptive_gen.engine.int8 import MATRICES
+from adaptive_gen.engine.layer_parts import gain
 from adaptive_gen.engine.rules import QUEUE_CAP
 from adaptive_gen.errors import ModelError
 from adaptive_gen.exit_readouts import add_readouts
@@ -216,7 +217,8 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     norm, head, _ = decoder.plain_readout
     norm.weight.copy_(0.2 + 3 * torch.rand(len(norm.weight)))
     made = narrow_readout(norm, head)
-    of, states = compiled_readout.CompiledReadout(made), 2 * torch.randn(60, 3, norm.weight.numel())
+    of = compiled_readout.CompiledReadout(made, gain(wide(norm)))
+    states = 2 * torch.randn(60, 3, norm.weight.numel())
     desk, index = of.with_room(3), screen.MEASURES.index(measure)
     torch.testing.assert_close(of(states[0]), made(states[0]))
     expected = torch.nn.functional.linear(norm.float()(states), head.weight.float())

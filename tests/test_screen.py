@@ -26,7 +26,7 @@ def readout(vocab, dtype=torch.float32, scale=2.0):
     """A head whose columns differ in length, as those of trained models do."""
     head = torch.randn(HIDDEN, vocab, dtype=dtype) * scale
     head[:, :20] *= 3
-    return CompiledReadout(FusedReadout(head, head.new_tensor(0.01)))
+    return CompiledReadout(FusedReadout(head, head.new_tensor(0.01)), head.new_ones(len(head)))
 
 
 def hidden_states(of, count):
@@ -88,7 +88,7 @@ def test_no_logit_is_off_by_more_than_it_is_doubted(screened):
 def test_of_equal_logits_the_first_counts(screened):
     head = torch.zeros(HIDDEN, 48)
     head[:, [7, 20, 40]] = torch.randn(HIDDEN, 1)
-    of = CompiledReadout(FusedReadout(head, head.new_tensor(0.01)))
+    of = CompiledReadout(FusedReadout(head, head.new_tensor(0.01)), head.new_ones(len(head)))
     desk = of.with_room(1)
     screen.look(head[:, 7][None].numpy(), desk)
     assert screen.token_of(0, desk) == 7
@@ -115,7 +115,8 @@ def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
     monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
     assert readout(64).with_room(1)[6][0].size
     head = torch.randn(HIDDEN, 64)
-    rounded = CompiledReadout(FusedReadout(Int8Matrix.of(head), head.new_tensor(0.01)))
+    rounded = FusedReadout(Int8Matrix.of(head), head.new_tensor(0.01))
+    rounded = CompiledReadout(rounded, head.new_ones(len(head)))
     assert not rounded.with_room(1)[6][0].size
 
 

@@ -22,6 +22,7 @@ from .fused import FusedModel, FusedReadout, FusedSegment
 from .fusing import WIDE, fuse_readout, narrow_readout, wide
 from .graphs import GraphReadout, SummedConfidences
 from .int8 import quantised_readout
+from .layer_parts import gain
 from .machine_code import compiling
 from .narrow import BITS
 from .prepared import Prepared, addresses, hooked, signature
@@ -250,12 +251,14 @@ class Backend:
             return graphs.readout(self._prepared.graphs, norm, head) if factor == 1 else None
         if self.widens and head.weight.dtype in BITS:
             made = narrow_readout(norm, head, factor)
-            return CompiledReadout(made) if made else None
+            return CompiledReadout(made, gain(wide(norm))) if made else None
         to_round = self.weights == "int8"
         made = fuse_readout(norm, head, factor, to_round)
         if made is not None and to_round:
             made = quantised_readout(made)
-        return CompiledReadout(made) if made and self.name.startswith("compiled") else made
+        if made is None or not self.name.startswith("compiled"):
+            return made
+        return CompiledReadout(made, gain(wide(norm)))
 
     def _choose(self) -> tuple[str, str]:
         """The back end to use, and why those before it cannot run the model as it is now."""

@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 
+from ..report import Step
 from .machine_code import kernel
 from .scheduler import Scheduler
-from .stretch import Emitted, Pace, Stretch
+from .stretch import Pace, Stretch
 
 
 class BatchStretch(Stretch):
@@ -25,7 +26,7 @@ class BatchStretch(Stretch):
         taking = np.zeros((2, self._rows_read), np.int64)
         self._tops = self._places, turn, newest, taking
 
-    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Emitted]]:
+    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows
         count = min(*most, self._pace.tokens)

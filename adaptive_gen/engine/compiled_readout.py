@@ -25,8 +25,14 @@ SCREENED_BYTES = 1 << 16
 class CompiledReadout:
     """The final norm and the LM head, for few rows compiled."""
 
-    def __init__(self, fused: FusedReadout):
-        """Take the prepared weights over."""
+    def __init__(self, fused: FusedReadout, norm_gain: Tensor):
+        """Take the prepared weights over.
+
+        Args:
+            fused: has them.
+            norm_gain: of the final norm, [hidden], see `layer_parts.gain`; it is in the head too.
+        """
+        self.norm_gain = norm_gain
         self._long, self.floor = fused, float(fused.floor)
         self.panels, self.scale = in_panels(fused.head, fused.floor)
         head, gain = fused.head, gain_of(fused.head)

@@ -38,12 +38,20 @@ def addresses(weights: Sequence[Any]) -> list[int]:
     return [w.data_ptr() for w in weights]
 
 
-def _within(module: nn.Module) -> list[nn.Module]:
-    """A module and all below it: what `modules()` finds, without names and sooner."""
-    found = [module]
+def _within(module: nn.Module) -> tuple[list[Any], bool]:
+    """The parameters of a module and of all below it, and whether one of them is `hooked`.
+
+    What `parameters()` and `modules()` find, without names and sooner: it is asked at every call.
+    """
+    found, parameters, hooks = [module], [], False
     for this in found:  # which grows meanwhile
-        found += [child for child in this._modules.values() if child is not None]
-    return found
+        of = vars(this)
+        hooks |= bool(of["_forward_hooks"] or of["_forward_pre_hooks"] or "_hf_hook" in of)
+        if of["_parameters"]:
+            parameters += [w for w in of["_parameters"].values() if w is not None]
+        if of["_modules"]:
+            found += [child for child in of["_modules"].values() if child is not None]
+    return parameters, hooks
 
 
 def _copies(weights: Sequence[Any]) -> int:
@@ -86,11 +94,9 @@ class Prepared:
         layers = self._decoder.layers
         if layers.training:
             return "the model is in training mode"
-        modules = _within(layers)
-        if any(map(hooked, modules)):
+        self._parameters, hooks = _within(layers)
+        if hooks:
             return "hooks on its layers would not be called"
-        own = (module._parameters.values() for module in modules)
-        self._parameters = [w for parameters in own for w in parameters if w is not None]
         others = {type(w).__name__ for w in self._parameters if type(w) is not nn.Parameter}
         if others:
             return f"its weights are no plain tensors but {', '.join(sorted(others))}"

@@ -8,19 +8,18 @@ Lossless texts have `kernels.lossless`, and batches `kernels.batch` (`batch.Batc
 
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..confidence import GATE
 from ..policy import ByThreshold
+from ..report import Step
 from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
-from .fusing import wide
-from .layer_parts import gain
 from .machine_code import kernel
 from .narrow import bits
 from .scheduler import Scheduler
@@ -29,14 +28,6 @@ from .scheduler import Scheduler
 # They share the half millisecond of Python around a call whose weights emptied the caches.
 SECONDS, MOST = 0.05, 64
 MOST_WAITING = 4096  # tokens, of all rows, to keep buffers for
-
-
-class Emitted(NamedTuple):
-    """One decoded token."""
-
-    token: int
-    exit_layer: int
-    confidence: float  # as the policy would have been shown it; nan at full depth
 
 
 class Pace:
@@ -93,19 +84,19 @@ class Stretch:
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
-        scheduler = self._scheduler
+        scheduler, readout = self._scheduler, self._scheduler.readout
+        assert isinstance(readout, CompiledReadout)
         gate = scheduler.confidences.gate if scheduler.confidences.measure == GATE else None
         hidden, dtype = self._compiled.fused.sizes.hidden, _dtype(self._like)
         weights, biases = np.zeros((scheduler.last, hidden), dtype), np.zeros(scheduler.last, dtype)
-        if gate is not None and scheduler.decoder.plain_readout is not None:
-            factor = gain(wide(scheduler.decoder.plain_readout[0]))
+        if gate is not None:
             for i, segment in enumerate(scheduler.segments[:-1]):
                 if segment.stop in gate.weights:
-                    weights[i] = (gate.weights[segment.stop] * factor).numpy()
+                    weights[i] = (gate.weights[segment.stop] * readout.norm_gain).numpy()
                     biases[i] = float(gate.biases[segment.stop])
         return weights, biases
 
-    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Emitted]]:
+    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
         """Decode some tokens.
 
         Args:
@@ -174,13 +165,11 @@ class Stretch:
         propagate = int(rules.kv == "propagate")
         return kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
 
-    def _emitted(
-        self, tokens: list[int], exits: list[int], confidences: list[float]
-    ) -> list[Emitted]:
+    def _emitted(self, tokens: list[int], exits: list[int], confidences: list[float]) -> list[Step]:
         last, calibrated = self._scheduler.last, self._scheduler.confidences.calibrated
         stops = [segment.stop for segment in self._scheduler.segments]
         return [
-            Emitted(token, stops[s], math.nan if s == last else calibrated(raw, stops[s]))
+            Step(token, stops[s], math.nan if s == last else calibrated(raw, stops[s]))
             for token, s, raw in zip(tokens, exits, confidences, strict=True)
         ]
 

@@ -203,9 +203,7 @@ def _values_adder(parts: int) -> Any:
                 return add(sums, key)
 
             places = [word(LANES * part) for part in range(parts)]
-            before = [
-                builder.select(anew, _ZEROS, _load(builder, out, place)) for place in places
-            ]
+            before = [builder.select(anew, _ZEROS, _load(builder, out, place)) for place in places]
             begin = [*before, *[_ZEROS] * (parts * (chains - 1))]
             done, *sums = loop(builder, word(0), count, chains, begin, several)
             while len(sums) > parts:
