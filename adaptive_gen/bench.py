@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from .engine import team
+from .engine.machine_code import kernel
 from .paired import Runs, agreement, interval, measure, wall_speedup
 from .policy import ThresholdPolicy
 from .prompts import Prompt, digest, inputs
@@ -160,12 +162,14 @@ def commit() -> str | None:
 
 
 def _cpu() -> str:
+    """Its name, and its kind as compilers call it: many names say nothing about that."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return name if find_spec("numba") is None else f"{name} ({kernel('processor').NAME})"
 
 
 def _setting(resolved: Settings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Write the README's table from a results file, between the two comments that mark its place.
+"""Write the README's tables from results files, each between the two comments that mark its place.
 
-python -m benchmarks.readme benchmarks/results/NAME.json
+python -m benchmarks.readme                                     # with the files it names already
+python -m benchmarks.readme benchmarks/results/NAME.json        # the first table from this one
 """
 
 import argparse
@@ -15,6 +16,32 @@ from adaptive_gen import bench
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"<!-- results: (\S*) -->\n(.*?)<!-- end of results -->\n", re.DOTALL)
+MACHINES = re.compile(r"<!-- machines -->\n(.*?)<!-- end of machines -->\n", re.DOTALL)
+RESULTS = "benchmarks/results"
+# Model, its track, processor, results file: what the table of machines shows.
+MEASURED = (
+    ("builtin", "end_to_end", "Zen 5", "2026-11-29-amd-epyc-2core-3"),
+    ("builtin", "end_to_end", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-6"),
+    ("builtin", "end_to_end", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-2"),
+    ("builtin", "end_to_end", "Xeon", "2026-11-29-intel-r-xeon-r-processor-2core-7"),
+    ("24x512", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-8"),
+    ("24x512", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core"),
+    ("Llama-3.2-1B", "mechanism", "Zen 5", "2026-11-29-amd-epyc-2core-llama-1b"),
+    ("Llama-3.2-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-llama-1b"),
+    ("Llama-3.2-1B", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-llama-1b"),
+    ("Gemma-3-270M", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-gemma-3-270m"),
+    ("Gemma-3-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-gemma-3-1b"),
+    ("OLMo-2-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-olmo-2-1b"),
+)
+# Its columns: the arms of one track, and of the other.
+COLUMNS = {
+    "transformers": ("transformers", "transformers"),
+    "full depth": ("full_depth", "full_depth"),
+    "exits": ("adaptive", "gate_0.25_recompute"),
+    "lossless": ("lossless", "lossless"),
+    "int8": ("int8_full_depth", "int8_full_depth"),
+    "int8, exits": ("int8_adaptive", "int8_exit"),
+}
 ROWS = (
     "transformers",
     "transformers_static",
@@ -30,10 +57,12 @@ ROWS = (
 def main() -> None:
     """Rewrite README.md in place."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("results", type=Path)
-    path = parser.parse_args().results.resolve()
+    parser.add_argument("results", type=Path, nargs="?")
+    given = parser.parse_args().results
     page = ROOT / "README.md"
-    text = rewritten(page.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    text = page.read_text(encoding="utf-8")
+    name = given.resolve().relative_to(ROOT).as_posix() if given else _named(text)
+    text = MACHINES.sub(lambda _: _machines_block(), rewritten(text, name))
     partial = page.with_name(".README.md")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, page)
@@ -50,6 +79,41 @@ def rewritten(page: str, name: str) -> str:
             "to '<!-- end of results -->'."
         )
     return changed
+
+
+def _named(page: str) -> str:
+    """The file that the first table is from."""
+    place = PLACE.search(page)
+    if place is None:
+        raise SystemExit("README.md names no results file yet; give one.")
+    return place[1]
+
+
+def machines() -> str:
+    """Markdown: tokens per second of models and shapes on every kind of processor."""
+    lines = [
+        f"| | processor | {' | '.join(COLUMNS)} | |",
+        f"|---|---|{'---|' * len(COLUMNS)}---|",
+    ]
+    shown = ""
+    for model, track, processor, stem in MEASURED:
+        name = f"{RESULTS}/{stem}.json"
+        document = json.loads((ROOT / name).read_text(encoding="utf-8"))
+        found, recipe = document[track], document["recipe"]
+        if track == "mechanism":
+            (found,) = (each for each in found if each["model"] == model)
+        arms = [found["arms"][names[track == "mechanism"]] for names in COLUMNS.values()]
+        speeds = [arm["tokens_per_s"] for arm in arms]
+        cells = [f"{speed:,.0f}" if speed >= 200 else f"{speed:.1f}" for speed in speeds]
+        first = "" if model == shown else model
+        where = f"{processor}, {bench.threads(recipe)}"
+        lines.append(f"| {first} | {where} | {' | '.join(cells)} | [{recipe['commit']}]({name}) |")
+        shown = model
+    return "\n".join(lines) + "\n"
+
+
+def _machines_block() -> str:
+    return f"<!-- machines -->\n{machines()}<!-- end of machines -->\n"
 
 
 def table(document: Mapping[str, Any], name: str) -> str:

@@ -213,6 +213,12 @@ def test_the_readme_has_one_place_for_results_and_shows_what_its_file_says():
         assert f"{document['wall_speedup']:.2f}x over our own full depth" in shown
 
 
+def test_the_readme_has_one_table_of_machines_and_it_shows_what_the_files_say():
+    [shown] = readme.MACHINES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown == readme.machines() and shown.count("\n") == 2 + len(readme.MEASURED)
+    assert f"({readme.RESULTS}/{readme.MEASURED[0][-1]}.json)" in shown
+
+
 def test_the_figure_is_svg_with_every_point_inside_its_frame():
     picture = ET.fromstring(figure.speed_against_agreement(results(ARMS)["end_to_end"]))
     circles = [c.attrib for c in picture.iter("{http://www.w3.org/2000/svg}circle")]
