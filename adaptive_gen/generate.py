@@ -186,9 +186,7 @@ def _prompt_lengths(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, AdaptiveCache):
         cache = None
-    if cache is not None and (
-        cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
-    ):
+    if cache is not None:  # the caller's: we let transformers make none
         extra.append("past_key_values")
     if extra:
         raise OptionError(

@@ -62,7 +62,9 @@ def main() -> None:
     page = ROOT / "README.md"
     text = page.read_text(encoding="utf-8")
     name = given.resolve().relative_to(ROOT).as_posix() if given else _named(text)
-    text = MACHINES.sub(lambda _: _machines_block(), rewritten(text, name))
+    text, places = MACHINES.subn(lambda _: _machines_block(), rewritten(text, name))
+    if places != 1:
+        raise SystemExit(f"README.md has {places} places for the table of machines; it needs one.")
     partial = page.with_name(".README.md")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, page)
@@ -84,7 +86,7 @@ def rewritten(page: str, name: str) -> str:
 def _named(page: str) -> str:
     """The file that the first table is from."""
     place = PLACE.search(page)
-    if place is None:
+    if place is None or not place[1]:
         raise SystemExit("README.md names no results file yet; give one.")
     return place[1]
 

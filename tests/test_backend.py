@@ -163,3 +163,15 @@ def test_propagation_runs_no_layer_when_fused(tiny_llama):
         )
         outputs.append(out.tolist())
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_layer_runs_as_the_model_has_it(tiny_llama):
+    model = tiny_llama().eval()
+    ids = torch.tensor([[3, 4, 5]])
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = torch.jit.trace(mlp, torch.randn(1, 3, model.config.hidden_size))
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    wrapped = adaptive_gen.wrap(model)
+    found = wrapped.generate(ids, adaptive=True, threshold=1.0, max_new_tokens=4, do_sample=False)
+    assert found.tolist() == expected.tolist()

@@ -297,3 +297,17 @@ def test_exit_layers_come_from_the_checkpoint_else_the_quarter_points(tiny_llama
 def test_an_unwrapped_model_is_named(tiny_llama):
     with pytest.raises(ModelError, match="wrap"):
         state(tiny_llama())
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_no_cache_is_made_that_adaptive_texts_do_not_use(tiny_llama, adaptive, monkeypatch):
+    model, seen = adaptive_gen.wrap(tiny_llama()), []
+    sample = type(model)._sample
+
+    def watched(self, *args, **kwargs):
+        seen.append(kwargs.get("past_key_values"))
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "_sample", watched)
+    model.generate(torch.tensor([[3, 4, 5]]), adaptive=adaptive, max_new_tokens=2)
+    assert [cache is None for cache in seen] == [adaptive]

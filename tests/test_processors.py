@@ -39,7 +39,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 @pytest.mark.parametrize(
     ("hidden", "files"),
     [
-        ("avx512", ["test_attending.py", "test_compiled.py", "test_logits.py"]),
+        ("avx512", ["test_attending.py", "test_compiled.py", "test_logits.py", "test_team.py"]),
         ("avx512,avxvnni", ["test_compiled.py", "test_screen.py", "test_team.py"]),
         ("avx512,avxvnni,avx2", ["test_compiled.py", "test_screen.py", "test_team.py"]),
         ("avx512vnni,avxvnni,f16c", ["test_compiled.py", "test_team.py"]),

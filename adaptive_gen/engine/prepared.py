@@ -45,12 +45,9 @@ def _within(module: nn.Module) -> tuple[list[Any], bool]:
     """
     found, parameters, hooks = [module], [], False
     for this in found:  # which grows meanwhile
-        of = vars(this)
-        hooks |= bool(of["_forward_hooks"] or of["_forward_pre_hooks"] or "_hf_hook" in of)
-        if of["_parameters"]:
-            parameters += [w for w in of["_parameters"].values() if w is not None]
-        if of["_modules"]:
-            found += [child for child in of["_modules"].values() if child is not None]
+        hooks = hooks or hooked(this)
+        parameters += [w for w in this._parameters.values() if w is not None]
+        found += [child for child in this._modules.values() if child is not None]
     return parameters, hooks
 
 

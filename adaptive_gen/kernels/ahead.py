@@ -43,10 +43,10 @@ def _asks(tokens: int, bytes_each: int) -> tuple[tuple[int, int, int], ...]:
     rather than for memory.
 
     AMD's processors since Zen 5 look too few lines ahead with any number of tokens. Those before
-    follow the memory by themselves as long as they wait for it, where asking disturbs them: with
-    one token in float32, and Zen 4 with two. The more there is to do for each byte, the further
-    ahead they are asked. Intel's look too few lines ahead too, and stop at the end of a page. Other
-    makers' are taken for Intel's, unmeasured.
+    follow the memory by themselves as long as they wait for it, where asking disturbs them: Zen 4
+    with one token or two, others with one in float32. The more there is to do for each byte, the
+    further ahead they are asked. Intel's look too few lines ahead too, and stop at the end of a
+    page. Other makers' are taken for Intel's, unmeasured.
     """
     if ZEN >= 5:
         return ((8192, 1, 1),)

@@ -217,11 +217,10 @@ def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
             _score_each(query, head_dim, keys, step, seen, own)
         share_out(own, seen, own + 4 * (room - 1))
     size, one, two, four = 4 * head_dim, 4 * LANES, 8 * LANES, 16 * LANES
-    near = NEAR if count > 1 else longest
-    for j in range(0, longest, near):
+    for j in range(0, longest, NEAR):
         for n in range(count):
             own, seen, out = together[n, OWN] + 4 * j, together[n, SEEN], together[n, OUT]
-            seen, of, d = min(near, seen - j), values + j * step, 0
+            seen, of, d = min(NEAR, seen - j), values + j * step, 0
             if not wide:
                 _add_each(own, seen, of, step, out, head_dim, j == 0)
                 continue

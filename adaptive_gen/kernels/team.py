@@ -37,8 +37,8 @@ PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strid
 JOB_WORDS = 20
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
-# Products with weights of five kinds, whose sums are float32, and whose states but with `dots`; and
-# attention.
+# Products with weights of five kinds, whose sums are float32, and whose states but with bytes as
+# integers (DOTS); and attention.
 FLOATS, BYTES, DOTS, BFLOATS, HALVES, ATTENTION = range(6)
 
 HALF = 32
