@@ -94,7 +94,7 @@ def _named(page: str) -> str:
 def machines() -> str:
     """Markdown: tokens per second of models and shapes on every kind of processor."""
     lines = [
-        f"| | processor | {' | '.join(COLUMNS)} | |",
+        f"| | processor | {' | '.join(COLUMNS)} | commit |",
         f"|---|---|{'---|' * len(COLUMNS)}---|",
     ]
     shown = ""

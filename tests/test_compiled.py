@@ -19,7 +19,7 @@ from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.engine.panelled import in_panels, padding
-from adaptive_gen.kernels import cpu, dots, pairs, panels, processor, products
+from adaptive_gen.kernels import cpu, integers, pairs, panels, processor, products
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
@@ -53,14 +53,14 @@ def test_a_product_of_rounded_weights_is_that_of_what_they_stand_for(inner, toke
     matrix = Int8Matrix.of(torch.randn(inner, 40))
     got = product(x, matrix, 40, tokens)
     off = (got[:tokens] - 1 - x[:tokens] @ matrix.float().to(dtype)).abs().double()
-    lost = dots.ROUNDING * x[:tokens].abs().amax(1, keepdim=True) if processor.INTEGERS else 0.0
+    lost = integers.ROUNDING * x[:tokens].abs().amax(1, keepdim=True) if processor.INTEGERS else 0.0
     rounding = (
         4 * torch.finfo(torch.float32).eps * (1 + x[:tokens].abs() @ matrix.float().abs().to(dtype))
     )
     assert (off <= lost * matrix.float().abs().sum(0) + rounding).all()
     assert (got[tokens:] == 1).all()
     if processor.INTEGERS:
-        step = x[:tokens].abs().amax(1, keepdim=True) / dots.LARGEST
+        step = x[:tokens].abs().amax(1, keepdim=True) / integers.LARGEST
         expected = 1 + step * (x[:tokens] / step).round() @ matrix.float().to(dtype)
         # A state between two steps may have been rounded to the other one.
         other = 3 * step * float(matrix.float().abs().max())
@@ -74,6 +74,15 @@ def test_a_product_of_rounded_weights_of_the_largest_numbers_does_not_overflow(i
     assert (matrix.steps == 127).all()
     expected = 1 + x @ matrix.float()
     torch.testing.assert_close(product(x, matrix, 40, 3), expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-36, 1e-28, 1e30, 1e38])
+def test_a_product_of_rounded_weights_knows_states_of_any_size(size):
+    """Whose sum is none in float32, or of which there are no steps: those count as zeros."""
+    x, matrix = torch.full((2, 32), size), Int8Matrix.of(1e-3 * (1 + torch.rand(32, 40)))
+    exact = 1 + x.double() @ matrix.float().double()
+    got = product(x, matrix, 40, 2).double()
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

@@ -101,8 +101,8 @@ def _share_lost(columns: Tensor) -> float:
     """
     inner = columns.shape[0]
     sums = 4 * inner * torch.finfo(columns.dtype).eps
-    states = kernel("dots").ROUNDING * math.sqrt(inner) if kernel("processor").INTEGERS else 0.0
-    return sums + states
+    rounding = kernel("integers").ROUNDING if kernel("processor").INTEGERS else 0.0
+    return sums + rounding * math.sqrt(inner)
 
 
 def _bytes(head: Tensor | NarrowMatrix) -> int:
