@@ -5,6 +5,7 @@ States are rounded to 16 bits with a factor for each token; see `dots` and `pair
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -24,15 +25,17 @@ _LEAST = 1e-30
 def scaled(row: Any) -> Any:
     """What states [in] are multiplied by before they are rounded, and what a step of them is.
 
-    Where one of them is nan or infinite, so is the step; in float64, also beyond float32's range.
+    Where one of them is nan or infinite a step is nan; in float64 it has float32's range.
     """
     number = row.dtype.type
-    largest = wrong = number(0)
+    largest, numbers = number(0), True
     for n in range(row.shape[0]):
-        largest = max(largest, abs(row[n]))
-        wrong += number(0) * row[n]  # nan if that is, or infinite
+        size = abs(row[n])
+        largest = max(largest, size)
+        # Asked of each: a compiler may take what is summed of all for a product with their sum.
+        numbers &= size < number(np.inf)
     steps = number(LARGEST) / largest if largest >= number(_LEAST) else number(0)
-    return steps, largest / number(LARGEST) + wrong
+    return steps, largest / number(LARGEST) if numbers else number(np.nan)
 
 
 class Panel:
