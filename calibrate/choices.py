@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ KV = ("recompute", "propagate")
 LOSSES = ("prefix", "exact", "rouge", "em")
 THRESHOLDS = ("single", "per-exit")
 LEAST_LEVEL = 0.5
+LEVEL = 0.95
 
 TargetSpeedup = Annotated[
     float | None,
@@ -40,11 +41,19 @@ MaxRisk = Annotated[
     ),
 ]
 Level = Annotated[
-    float,
-    typer.Option("--confidence-level", metavar="0..1", help="How sure --max-risk has to be."),
+    float | None,
+    typer.Option(
+        "--confidence-level",
+        metavar="0..1",
+        help="How sure --max-risk has to be. Default: 0.95.",
+    ),
 ]
 Loss = Annotated[
-    str, typer.Option(metavar="LOSS", help=f"What --max-risk limits: {', '.join(LOSSES)}.")
+    str | None,
+    typer.Option(
+        metavar="LOSS",
+        help=f"What --max-risk limits: {', '.join(LOSSES)}. Default: {LOSSES[0]}.",
+    ),
 ]
 Prompts = Annotated[
     Path | None,
@@ -114,13 +123,35 @@ def check(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise OptionError(f"{option} {value!r} is unknown; use one of {', '.join(allowed)}.")
 
 
-def check_level(value: float) -> None:
-    """Raise `OptionError` unless a promise can be made at this level."""
-    if not LEAST_LEVEL <= value < 1:
+def promised(kind: str, loss: str | None, level: float | None) -> dict[str, Any]:
+    """How a certificate is to be made, as fields of `stages.Options`.
+
+    Args:
+        kind: of the target.
+        loss: as on the command line; None is the default.
+        level: likewise.
+
+    Raises:
+        OptionError: a loss that does not exist, a level no promise can be made at, or either of
+            them where nothing is to be certified: whoever gives one expects a certificate.
+    """
+    given = {"--loss": loss, "--confidence-level": level}
+    idle = [option for option, value in given.items() if value is not None]
+    if idle and kind != "risk":
+        say = "says" if len(idle) == 1 else "say"
         raise OptionError(
-            f"--confidence-level {value:g} is out of range; give {LEAST_LEVEL:g} or more and less "
+            f"{' and '.join(idle)} {say} how a risk is certified, and none is asked for; add "
+            "--max-risk, such as --max-risk 0.3, or leave "
+            f"{'it' if len(idle) == 1 else 'them'} out."
+        )
+    if loss is not None:
+        check("--loss", loss, LOSSES)
+    if level is not None and not LEAST_LEVEL <= level < 1:
+        raise OptionError(
+            f"--confidence-level {level:g} is out of range; give {LEAST_LEVEL:g} or more and less "
             "than 1, such as 0.95."
         )
+    return {"loss": loss or LOSSES[0], "level": LEVEL if level is None else level}
 
 
 def check_alone(command: str) -> None:

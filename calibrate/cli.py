@@ -35,8 +35,8 @@ def run(
     latency_ms: choices.LatencyMs = None,
     max_disagreement: choices.MaxDisagreement = None,
     max_risk: choices.MaxRisk = None,
-    confidence_level: choices.Level = 0.95,
-    loss: choices.Loss = "prefix",
+    confidence_level: choices.Level = None,
+    loss: choices.Loss = None,
     prompts: choices.Prompts = None,
     out: choices.Out = None,
     work: Annotated[
@@ -54,11 +54,10 @@ def run(
     """Calibrate a model on this device and write its calibration.json: all stages in turn."""
     aim = choices.target(target_speedup, latency_ms, max_disagreement, max_risk)
     choices.check_alone("run")
-    choices.check("--loss", loss, choices.LOSSES)
+    promised = choices.promised(aim[0], loss, confidence_level)
     choices.check("--confidence", confidence, choices.MEASURES)
     choices.check("--kv", kv, choices.KV)
     choices.check("--thresholds", thresholds, choices.THRESHOLDS)
-    choices.check_level(confidence_level)
     choices.check_length(max_new_tokens)
     layers = exits.parse(exit_layers) if exit_layers is not None else None
     directory = choices.home(out, model)
@@ -78,8 +77,7 @@ def run(
         max_new_tokens=max_new_tokens,
         seed=seed,
         thresholds=thresholds,
-        loss=loss,
-        level=confidence_level,
+        **promised,
     )
     place = work or store.default_home() / store.key(job(loaded, tokenizer, asked, options))
     try:

@@ -55,18 +55,17 @@ def search(
     latency_ms: choices.LatencyMs = None,
     max_disagreement: choices.MaxDisagreement = None,
     max_risk: choices.MaxRisk = None,
-    confidence_level: choices.Level = 0.95,
-    loss: choices.Loss = "prefix",
+    confidence_level: choices.Level = None,
+    loss: choices.Loss = None,
     thresholds: choices.Thresholds = "single",
     confidence: choices.Confidence = "best",
 ) -> None:
     """Stage 3: which exits to check, and at which threshold."""
     aim = choices.target(target_speedup, latency_ms, max_disagreement, max_risk)
-    choices.check("--loss", loss, choices.LOSSES)
+    promised = choices.promised(aim[0], loss, confidence_level)
     choices.check("--thresholds", thresholds, choices.THRESHOLDS)
     choices.check("--confidence", confidence, choices.MEASURES)
-    choices.check_level(confidence_level)
-    chosen = {"loss": loss, "level": confidence_level, "thresholds": thresholds}
+    chosen = {**promised, "thresholds": thresholds}
     session = _open(work, model, confidence=confidence, **chosen)
     from .stages import gate_stage, search_stage
     from .target import Target

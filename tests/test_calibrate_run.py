@@ -208,6 +208,21 @@ def test_run_then_show_on_the_command_line(calibrate, model_dir, prompt_file, tm
             "5 prompts are too few to promise a risk of 0.1 .* it takes 32",
             2,
         ),
+        (
+            ["run", "{model}", "--loss", "exact"],
+            "--loss says how a risk is certified, and none is asked for; add --max-risk",
+            2,
+        ),
+        (
+            ["run", "{model}", "--loss", "em", "--confidence-level", "0.9", "--latency-ms", "9"],
+            "--loss and --confidence-level say how .* add --max-risk",
+            2,
+        ),
+        (
+            ["search", "{model}", "--work", "{dir}/missing", "--confidence-level", "0.9"],
+            "--confidence-level says how a risk is certified",
+            2,
+        ),
         (["run", "{model}", "--thresholds", "many"], "--thresholds 'many' is unknown", 2),
         (["profile", "{model}", "--work", "{dir}/missing"], "run `calibrate collect` first", 2),
         (["report", "{model}"], "cannot read", 2),
