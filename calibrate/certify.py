@@ -1,4 +1,4 @@
-"""Certification: the fastest setting whose mean loss is, with stated confidence, small enough.
+"""Certification: the settings whose mean loss is, with stated confidence, small enough.
 
 Settings and the order to test them in, careful ones first, are fixed on one part of the prompts;
 then each is tested on the other part until one fails. All before it hold together at the level of a
@@ -111,15 +111,15 @@ def certify(
     return steps
 
 
-def best(steps: Sequence[Step], promise: Promise, prompts: int) -> Step:
-    """The fastest certified step.
+def certified(steps: Sequence[Step], promise: Promise, prompts: int) -> list[Step]:
+    """The certified steps, slowest predicted first; their promises hold together.
 
     Raises:
         Unreachable: not even the most careful setting could be certified.
     """
-    certified = [step for step in steps if step.certified]
-    if certified:
-        return max(certified, key=lambda step: step.candidate.speedup)
+    good = [step for step in steps if step.certified]
+    if good:
+        return sorted(good, key=lambda step: step.candidate.speedup)
     first = steps[0]
     raise Unreachable(
         f"--max-risk {promise.max_risk:g} cannot be certified with this model: on {prompts} "
@@ -127,6 +127,15 @@ def best(steps: Sequence[Step], promise: Promise, prompts: int) -> Step:
         f"{first.risk:.3f}, which leaves a chance of {first.p_value:.2g} that it is too high "
         f"({promise.delta:.2g} is allowed). Allow more risk or give more prompts."
     )
+
+
+def best(steps: Sequence[Step], promise: Promise, prompts: int) -> Step:
+    """The certified step that is predicted to be fastest.
+
+    Raises:
+        Unreachable: see `certified`.
+    """
+    return certified(steps, promise, prompts)[-1]
 
 
 def certificate(

@@ -10,7 +10,7 @@ from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.confidence import GATE, MEASURES
 from adaptive_gen.settings import state
 
-from . import batches, evidence, quality, search, seek
+from . import batches, evidence, quality, seek
 from . import certify as certification
 from .cost import Cost
 from .found import Found
@@ -89,11 +89,9 @@ def verify_stage(
     if promise is None:
         chosen, measured = seek.choose(found.front, found.target, arena)
     else:
-        step = certification.best(steps, promise, len(prompts))
-        index = search.spread(found.front, seek.POINTS, 0)
-        cheap = arena.look([found.front[i] for i in index])
-        chosen = arena.judge(step.candidate)
-        measured = seek.together([chosen], cheap)
+        good = {s.candidate: s for s in certification.certified(steps, promise, len(prompts))}
+        chosen, measured = seek.choose_certified(found.front, list(good), found.target, arena)
+        step = good[chosen.candidate]
         certificate = certification.certificate(
             steps,
             step,

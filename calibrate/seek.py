@@ -1,6 +1,11 @@
-"""Finding the point that meets a target when measured, with few and mostly cheap measurements."""
+"""Finding the point that meets a target when measured, with few and mostly cheap measurements.
 
-from collections.abc import Sequence
+Predictions say where to look; what is measured decides. The point that is chosen in the end is
+never beside another that may be chosen as well and, as measured, is no worse in either speed or
+agreement and better in one.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -32,7 +37,7 @@ class Measuring(Protocol):
 def choose(
     front: Sequence[Candidate], target: Target, arena: Measuring
 ) -> tuple[Measured, list[Measured]]:
-    """Measure points along the front cheaply, then the one for the target well.
+    """Measure points along the front cheaply, then the one for the target well, and its rivals.
 
     Args:
         front: predicted settings, slowest first.
@@ -53,7 +58,94 @@ def choose(
     chosen, tried = seek(front, target, start, arena)
     if chosen is None:
         raise Unreachable(_unreachable(target, [*cheap, *tried]))
-    return chosen, together(tried, cheap)
+    chosen, rivals = settle(chosen, cheap, target, arena)
+    return chosen, together([*tried, *rivals], cheap)
+
+
+def choose_certified(
+    front: Sequence[Candidate], certified: Sequence[Candidate], target: Target, arena: Measuring
+) -> tuple[Measured, list[Measured]]:
+    """The fastest of the certified settings as measured, and points along the front beside it.
+
+    The certificate bears this choice although the prompts are those it was tested on:
+    fixed-sequence testing errs with a chance of at most 1 - level in *any* of the settings that it
+    certifies, so all their promises hold together, whichever is taken and whatever for.
+
+    Args:
+        front: predicted settings, slowest first.
+        certified: settings whose risk was certified, slowest predicted first.
+        target: a risk.
+        arena: where to measure.
+
+    Returns:
+        The point, and all points measured, each once.
+    """
+    shown = [front[i] for i in spread(front, POINTS, 0)]
+    allowed = [certified[i] for i in spread(certified, POINTS, len(certified) - 1)]
+    cheap = arena.look([*shown, *(c for c in allowed if c not in shown)])
+    first = arena.judge(allowed[-1])
+    chosen, rivals = settle(first, cheap, target, arena, lambda c: c in certified)
+    return chosen, together([first, *rivals], cheap)
+
+
+def settle(
+    first: Measured,
+    cheap: Sequence[Measured],
+    target: Target,
+    arena: Measuring,
+    allowed: Callable[[Candidate], bool] = lambda _: True,
+) -> tuple[Measured, list[Measured]]:
+    """The best of a point that meets the target and all its rivals, each measured as well as it.
+
+    A rival is a point that met the target in its cheap measurement and was no slower; where a speed
+    is the target, no less faithful either, since the first point aims beyond that speed for good
+    reason. It is taken only if it still meets the target on every prompt. For a disagreement or a
+    speed that is a choice by the prompts that the figures are from, as trying one setting after
+    another is: the figures are estimates with intervals, and nothing is promised of them. What
+    carries a promise is limited by `allowed`, see `choose_certified`.
+
+    Args:
+        first: meets the target, measured well.
+        cheap: points measured cheaply.
+        target: what to meet.
+        arena: where to measure.
+        allowed: whether a setting may be chosen at all.
+
+    Returns:
+        The best point, and the rivals measured well.
+    """
+    good, rivals = [first], []
+    while True:
+        best = _best(good, target)
+        known = [first.candidate, *(m.candidate for m in rivals)]
+        look = [
+            m
+            for m in cheap
+            if m.candidate not in known
+            and allowed(m.candidate)
+            and target.met(m)
+            and m.speedup >= best.speedup
+            and (m.agreement >= best.agreement or not target.by_speed)
+        ]
+        if not look:
+            return best, rivals
+        rival = max(look, key=lambda m: m.speedup).candidate
+        note(f"measuring {rival} as well: at a first look it served {target} no worse")
+        rivals.append(arena.judge(rival, target))
+        if target.met(rivals[-1]):
+            good.append(rivals[-1])
+
+
+def _best(good: Sequence[Measured], target: Target) -> Measured:
+    """Of points that meet the target the one that serves it best, which no other of them beats.
+
+    Speeds within the interval of the fastest are taken as equal: noise is no reason to give up
+    agreement.
+    """
+    if not target.by_speed:
+        least = max(good, key=lambda m: m.speedup).interval[0]
+        good = [m for m in good if m.speedup >= least]
+    return max(good, key=lambda m: (m.agreement, m.speedup))
 
 
 def together(well: Sequence[Measured], cheap: Sequence[Measured]) -> list[Measured]:

@@ -7,7 +7,7 @@ import pytest
 
 from adaptive_gen.calibrate import search
 from adaptive_gen.calibrate.search import Candidate
-from adaptive_gen.calibrate.seek import choose, seek
+from adaptive_gen.calibrate.seek import choose, choose_certified, seek, settle
 from adaptive_gen.calibrate.target import Target
 from adaptive_gen.calibrate.verify import Measured, missed
 from adaptive_gen.errors import Unreachable
@@ -83,6 +83,92 @@ def test_a_slower_prediction_is_never_tried_for_more_speed():
     assert chosen is None
     order = [m.candidate.speedup for m in tried]
     assert order == sorted(set(order))
+
+
+def measured(speedup, agreement, predicted=1.5, noise=0.0):
+    candidate = Candidate(0.9, (4, 8), 6.0, 0.9, predicted)
+    return Measured(candidate, speedup, (speedup - noise, speedup + noise), agreement, 6.0, 99)
+
+
+class Tried:
+    """Gives every setting the figures that are known of it, and remembers what was asked."""
+
+    def __init__(self, *known):
+        self.known, self.judged = {m.candidate: m for m in known}, []
+
+    def look(self, found):
+        return [self.known[c] for c in found]
+
+    def judge(self, candidate, target=None):
+        self.judged.append(candidate)
+        return self.known[candidate]
+
+
+FAITHFUL, FAST = Target("disagreement", 0.03), Target("speedup", 1.1)
+
+
+@pytest.mark.parametrize("target", [FAITHFUL, FAST, Target("risk", 0.1)])
+def test_the_chosen_point_is_not_beside_one_that_beats_it_in_speed_and_agreement(target):
+    chosen, better = measured(1.19, 0.982, 1.3), measured(1.20, 0.989, 1.2)
+    found, rivals = settle(chosen, [chosen, better], target, Tried(better))
+    assert found is better and rivals == [better]
+
+
+def test_a_rival_is_taken_only_if_it_stands_on_all_prompts():
+    chosen, at_first = measured(1.19, 0.982, 1.3), measured(1.25, 0.975, 1.4)
+    for then in (replace(at_first, agreement=0.96), replace(at_first, speedup=1.15)):
+        found, rivals = settle(chosen, [at_first], FAITHFUL, Tried(then))
+        assert found is chosen and rivals == [then]
+
+
+def test_speeds_that_noise_cannot_tell_apart_leave_the_choice_to_agreement():
+    chosen = measured(1.19, 0.989, 1.2, noise=0.03)
+    near, far = measured(1.21, 0.975, 1.3, noise=0.03), measured(1.29, 0.975, 1.4, noise=0.03)
+    assert settle(chosen, [near], FAITHFUL, Tried(near))[0] is chosen
+    assert settle(chosen, [near, far], FAITHFUL, Tried(near, far))[0] is far
+
+
+@pytest.mark.parametrize("target", [FAITHFUL, FAST])
+def test_what_misses_the_target_or_serves_it_worse_is_not_measured_again(target):
+    chosen = measured(1.2, 0.98)
+    slow, other = measured(1.05, 0.975, 1.1), measured(1.3, 0.9, 1.7)
+    arena = Tried(slow, other)
+    assert settle(chosen, [slow, other], target, arena) == (chosen, [])
+    assert arena.judged == []
+
+
+def test_of_certified_settings_the_fastest_as_measured_is_taken_and_never_another():
+    careful, fast = measured(1.21, 0.98, 1.2), measured(1.15, 0.97, 1.3)
+    free = measured(1.5, 0.99, 1.6)
+    front = [m.candidate for m in (careful, fast, free)]
+    arena = Tried(careful, fast, free)
+    chosen, points = choose_certified(front, front[:2], Target("risk", 0.1), arena)
+    assert chosen is careful
+    assert arena.judged == [fast.candidate, careful.candidate]
+    assert {p.candidate for p in points} == set(front)
+
+
+def test_no_choice_is_beaten_by_a_point_beside_it_on_a_noisy_machine():
+    class Noisy(Machine):
+        draw = np.random.default_rng(0)
+
+        def judge(self, candidate, target=None):
+            found = super().judge(candidate)
+            speedup = found.speedup * self.draw.normal(1, 0.03)
+            agreement = found.agreement + self.draw.normal(0, 0.01)
+            return replace(found, speedup=speedup, interval=(speedup, speedup), agreement=agreement)
+
+        def look(self, found):
+            return [self.judge(c) for c in found]
+
+    for _ in range(50):
+        for target in (Target("speedup", 1.4), Target("disagreement", 0.1)):
+            chosen, points = choose(long_front(), target, Noisy())
+            good = [m for m in points if target.met(m) and m is not chosen]
+            assert target.met(chosen)
+            assert not [
+                m for m in good if m.speedup >= chosen.speedup and m.agreement >= chosen.agreement
+            ]
 
 
 @pytest.mark.parametrize(
