@@ -12,8 +12,6 @@ import typer
 
 from adaptive_gen import calibration as artefact
 from adaptive_gen import exits, ui
-from adaptive_gen.errors import OutputError
-from adaptive_gen.files import whole
 from adaptive_gen.options import Json, Model, load_model
 from adaptive_gen.terminal import run_app
 
@@ -79,47 +77,21 @@ def run(
         thresholds=thresholds,
         **promised,
     )
+    from . import install
+    from .worth import Slower
+
     place = work or store.default_home() / store.key(job(loaded, tokenizer, asked, options))
     try:
         found = calibrate(loaded, tokenizer, asked, Target(*aim), options, place)
     except KeyboardInterrupt:
         ui.note(f"\nstopped; what is finished stays in {place}. The same command goes on there.")
         raise
-    write(found, directory, place)
+    except Slower as error:
+        install.refuse(error, directory, place, as_json)
+    install.write(found, directory, place)
     if work is None:
         shutil.rmtree(place, ignore_errors=True)
     tables.show(found, as_json)
-
-
-def write(found: artefact.Calibration, directory: Path, work: Path) -> None:
-    """Write a calibration and its evidence into the model directory.
-
-    Raises:
-        OutputError: it cannot be written; what was found is still in `work`.
-    """
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {directory}: {error.strerror}. Name another with --out."
-            ) from None
-        with whole(directory / tables.EVIDENCE, "--out", "wb") as file:
-            file.write((work / "evidence.json").read_bytes())
-        if found.confidence == "gate":
-            from adaptive_gen.gate import Gate
-
-            Gate.load(work).save(directory)
-        path = artefact.save(found, directory)
-    except OutputError:
-        ui.note(f"the finished calibration.json is in {work}, with its evidence.json")
-        raise
-    if found.point.speedup < 1:
-        ui.note(
-            f"this setting is slower than full depth on this device ({found.point.speedup:.2f}x): "
-            "do not use adaptive depth with it here."
-        )
-    ui.note(f"written to {path}; `calibrate report {directory}` makes a page of it")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from adaptive_gen.calibration import Calibration, OperatingPoint
 from adaptive_gen.confidence import GATE, MEASURES
 from adaptive_gen.settings import state
 
-from . import batches, evidence, quality, seek
+from . import batches, evidence, quality, seek, worth
 from . import certify as certification
 from .cost import Cost
 from .found import Found
@@ -70,7 +70,8 @@ def verify_stage(
         store: gets the evidence for the report.
 
     Raises:
-        Unreachable: no setting meets the target.
+        Unreachable: no setting meets the target; as `Slower`, with what was measured, where the
+            one that does is slower than full depth.
     """
     base = state(model).calibration
     assert base is not None
@@ -107,8 +108,9 @@ def verify_stage(
     gains = batches.gains(model, prompts, arena.settings(chosen.candidate), options.max_new_tokens)
     gains = {1: chosen.speedup, **gains}
     result = dataclasses.replace(base, points=tuple(points), default=default, batches=gains)
-    state(model).calibration = result
     store.write("evidence", evidence.gather(tokenizer, unseen, found, chosen, arena))
+    worth.check_measured(result, found.target, options.least_gain)
+    state(model).calibration = result
     artefact.save(result, store.directory, "--work")
     return result
 

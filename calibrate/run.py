@@ -47,7 +47,8 @@ def run(
         work: where stages keep what they found; what lies there of the same job is used again.
 
     Raises:
-        Unreachable: no setting meets the target when measured; the model is as it was.
+        Unreachable: no setting meets the target when measured, or the one that does is slower than
+            full depth (`worth.Slower`, which has the figures); the model is as it was.
         AdaptiveGenError: prompts or exits that cannot be used.
     """
     asked = job(model, tokenizer, prompts, options)

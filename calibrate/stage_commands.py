@@ -119,21 +119,24 @@ def verify(
     """Stage 6: measure the settings on prompts not searched on, and write calibration.json."""
     directory = choices.home(out, model)
     session = _open(work, model)
-    from . import tables
-    from .cli import write
+    from . import install, tables
     from .finish import verify_stage
+    from .worth import Slower
 
     session.use_draft()
-    found = verify_stage(
-        session.model,
-        session.tokenizer,
-        session.trace,
-        session.found,
-        session.steps if session.found.promise is not None else [],
-        session.options,
-        session.store,
-    )
-    write(found, directory, work)
+    try:
+        found = verify_stage(
+            session.model,
+            session.tokenizer,
+            session.trace,
+            session.found,
+            session.steps if session.found.promise is not None else [],
+            session.options,
+            session.store,
+        )
+    except Slower as error:
+        install.refuse(error, directory, work, as_json)
+    install.write(found, directory, work)
     tables.show(found, as_json)
 
 

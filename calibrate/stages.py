@@ -56,7 +56,7 @@ class Options:
     thresholds: str = "single"  # or "per-exit"
     loss: str = "prefix"  # of a certificate
     level: float = 0.95  # of a certificate
-    least_gain: float | None = None  # None is worth.LEAST_GAIN
+    least_gain: float | None = None  # to go on with a prediction; None is worth.LEAST_GAIN
 
     def __post_init__(self) -> None:
         """Check what goes together.

@@ -30,7 +30,8 @@ def show(found: artefact.Calibration, as_json: bool) -> None:
     rows = [_row(point, chosen=point == found.point) for point in found.points]
     title = f"operating points ({found.confidence}, kv {found.kv}, {found.n_layers} layers)"
     ui.table(title, columns, rows)
-    ui.note("* used by default; wall_speedup with its 95 % interval over prompts")
+    used = "used by default" if found.point.speedup >= 1 else "chosen, but slower than full depth"
+    ui.note(f"* {used}; wall_speedup with its 95 % interval over prompts")
     if found.batches:
         rows = [(n, f"{gain:.2f}", not found.unpaid(n)) for n, gain in found.batches.items()]
         ui.table("batches with the default", ("texts at once", "wall_speedup", "exits"), rows)

@@ -50,6 +50,11 @@ class Target:
             return point.latency_ms <= self.value
         return self.kind == "risk" or 1 - point.agreement <= self.value
 
+    @property
+    def bolder(self) -> str:
+        """What to ask for instead where only a faster setting will do."""
+        return f"a {'smaller' if self.kind == 'latency' else 'larger'} {OPTIONS[self.kind]}"
+
     def __str__(self) -> str:
         """The option that asks for it."""
         return f"{OPTIONS[self.kind]} {self.value:g}"

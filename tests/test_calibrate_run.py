@@ -12,6 +12,7 @@ from adaptive_gen import calibration as artefact
 from adaptive_gen.calibrate import cli, collect, prompts
 from adaptive_gen.calibrate.run import Options, run
 from adaptive_gen.calibrate.target import Target
+from adaptive_gen.calibrate.worth import Slower
 from adaptive_gen.confidence import MEASURES
 from adaptive_gen.errors import DataError, ModelError, Unreachable
 from adaptive_gen.prompts import read
@@ -171,6 +172,72 @@ def test_run_then_show_on_the_command_line(calibrate, model_dir, prompt_file, tm
     code, text, err = calibrate("report", out)
     assert code == 0, err
     assert (out / "calibration.html").stat().st_size > 5000
+
+
+@pytest.fixture
+def slower(monkeypatch):
+    """Calibration on a machine where prediction lets everything pass and exits lose time."""
+
+    def measured(speedup, interval):
+        monkeypatch.setattr("adaptive_gen.calibrate.worth.LEAST_GAIN", 1.03)
+        monkeypatch.setattr("adaptive_gen.calibrate.worth.check", lambda *_: None)
+        monkeypatch.setattr("adaptive_gen.calibrate.verify.wall_speedup", lambda *_: speedup)
+        monkeypatch.setattr("adaptive_gen.calibrate.verify.interval", lambda *_: interval)
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("speedup", "interval", "says"),
+    [
+        (0.96, (0.94, 0.98), r"0\.960x .* 0\.940 to 0\.980: all of it slower"),
+        (0.99, (0.95, 1.03), r"0\.990x .* 0\.950 to 1\.030: not clearly slower, and not faster"),
+    ],
+)
+def test_a_point_measured_slower_than_full_depth_replaces_no_calibration(
+    calibrate, slower, model_dir, prompt_file, speedup, interval, says
+):
+    asked = ["run", model_dir, "--prompts", prompt_file, "--max-new-tokens", 4]
+    asked += ["--max-disagreement", 1, "--exit-layers", "1,3", "--confidence", "gate"]
+    slower(1.2, (1.1, 1.3))
+    code, _, err = calibrate(*asked)
+    assert code == 0, err
+    usable = {p: p.read_bytes() for p in model_dir.iterdir() if p.is_file()}
+    slower(speedup, interval)
+    code, text, err = calibrate(*asked)
+    *_, last = err.splitlines()
+    assert code == 1 and "do not use adaptive depth" in last and re.search(says, last), err
+    assert "a larger --max-disagreement" in last and "It is not installed" in last
+    assert {p: p.read_bytes() for p in model_dir.iterdir() if p.is_file()} == usable
+    assert "chosen, but slower than full depth" in text + err
+    kept = model_dir / "calibration-slower"
+    assert f"--calibration {kept / 'calibration.json'}" in last
+    wrapped, _ = adaptive_gen.load(model_dir, calibration=kept)
+    assert state(wrapped).calibration.point.wall_speedup == speedup and state(wrapped).gate
+    code, _, err = calibrate("report", kept)
+    assert code == 0, err
+
+
+def test_a_model_measured_slower_loads_without_a_calibration(
+    calibrate, slower, model_dir, prompt_file, tmp_path
+):
+    slower(0.9, (0.8, 0.95))
+    work, asked = tmp_path / "work", ["--prompts", prompt_file, "--max-new-tokens", 4]
+    code, *_ = calibrate("run", model_dir, "--latency-ms", 1e6, "--work", work, *asked)
+    assert code == 1
+    code, _, err = calibrate("verify", model_dir, "--work", work)
+    assert code == 1 and "a smaller --latency-ms" in err.splitlines()[-1]
+    wrapped, _ = adaptive_gen.load(model_dir)
+    assert state(wrapped).calibration is None
+    assert not (work / "calibration.json").exists()
+
+
+def test_a_measured_loss_of_speed_leaves_the_model_as_it_was(model, byte_tokenizer, slower):
+    slower(0.9, (0.8, 0.95))
+    with pytest.raises(Slower) as stopped:
+        run(model, byte_tokenizer, TEXTS, LOOSE, Options(max_new_tokens=4, rounds=1))
+    assert state(model).calibration is None
+    assert stopped.value.calibration.point.wall_speedup == 0.9
 
 
 @pytest.mark.parametrize(
