@@ -104,6 +104,27 @@ def test_eval_asks_every_exit_and_draws_it(sure_dir, asked_file, tmp_path, monke
     assert code == 0 and "ECE margin" in printed and "in writing" not in printed
 
 
+def test_eval_ends_documents_as_training_did_unless_told_otherwise(
+    model_dir, data, monkeypatch, capsys
+):
+    def tokens(*more):
+        command = ["eval", model_dir, "--data", data, "--seq-len", 32, "--json", *more]
+        code, printed, err = run(monkeypatch, capsys, *command)
+        assert code == 0, err
+        return json.loads(printed)["tokens"], "as in training" in err
+
+    ended, open_ended = tokens("--eos"), tokens("--no-eos")
+    assert ended[0] > open_ended[0]
+    assert tokens() == ended, "nothing recorded"
+    record = model_dir / "training.json"
+    record.write_text(json.dumps({"settings": {"eos": False}}))
+    assert tokens() == (open_ended[0], True)
+    assert tokens("--eos") == ended, "told otherwise"
+    record.write_text("{")
+    code, _, err = run(monkeypatch, capsys, "eval", model_dir, "--data", data)
+    assert code == 2 and "no readable record of a training run" in err.splitlines()[-1]
+
+
 class Biased(BaseHTTPRequestHandler):
     """A judge that prefers the longer answer, and the first of two that are equally long."""
 

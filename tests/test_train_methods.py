@@ -43,6 +43,27 @@ def test_every_objective_resumes_where_it_stopped(tmp_path, model_dir, data, obj
     assert all(torch.equal(v, expected[k]) for k, v in weights(resumed).items())
 
 
+@pytest.mark.parametrize(
+    ("own", "expected", "origin"),
+    [([2], [2, 4], "the model's own"), (None, [1, 2, 3, 4], "quarters, as the model names none")],
+)
+def test_exits_that_are_not_named_are_the_model_s_own_else_quarters(
+    tmp_path, model_dir, data, monkeypatch, capsys, own, expected, origin
+):
+    if own:
+        shape = model_dir / "config.json"
+        shape.write_text(json.dumps({**json.loads(shape.read_text()), "exit_layers": own}))
+    say = f"exit layers {', '.join(map(str, expected))}: {origin}; --exit-layers names others"
+    options = ["--data", data, "--seq-len", 32, "--batch-size", 4]
+    code, printed, err = run(monkeypatch, capsys, "plan", model_dir, *options, "--json")
+    assert code == 0 and say in err and json.loads(printed)["exit_layers"] == expected
+    steps = ["--max-steps", 1, "--out", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, "soft", model_dir, *options, *steps)
+    assert code == 0 and say in err
+    notes = json.loads((tmp_path / "out/training.json").read_text())
+    assert notes["exit_layers"] == expected
+
+
 def test_ict_trains_its_heads_and_nothing_else(tmp_path, model_dir, data):
     before = evaluate_model(str(model_dir), [data], "1,3", seq_len=32)
     steps = {"max_steps": 30, "lr": 1e-2}

@@ -30,7 +30,8 @@ class TrainConfig:
     ] = 0.0
     out: Annotated[Path, _option("Directory for the trained model.")] = Path("trained")
     exit_layers: Annotated[
-        str | None, _option("Layers to train as exits, for example 4,8,12. Default: quarters.")
+        str | None,
+        _option("Layers to train as exits, as 4,8,12. Default: the model's own, else quarters."),
     ] = None
     objective: Annotated[
         str,

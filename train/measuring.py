@@ -24,7 +24,10 @@ def evaluate(
         str | None, typer.Option(help="Default: the model's own, else quarters.")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", min=8)] = 512,
-    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with EOS.")] = True,
+    eos: Annotated[
+        bool | None,
+        typer.Option("--eos/--no-eos", help="End documents with EOS. Default: as in training."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0: all.")] = 0,
     asked: Annotated[
         int, typer.Option(help="Questions and instructions to answer in writing.", min=0)

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from adaptive_gen import exits
 from adaptive_gen.errors import ModelError, OptionError
+from adaptive_gen.ui import note
 
 
 def load_model(name: str, dtype: str = "float32", layers: int = 0) -> tuple[Any, Any]:
@@ -61,6 +63,27 @@ def keep_first(shape: Any, layers: int) -> None:
         text.layer_types = text.layer_types[:layers]
     if getattr(shape, "exit_layers", None):
         shape.exit_layers = [e for e in shape.exit_layers if e < layers] + [layers]
+
+
+def default_exits(shape: Any) -> tuple[int, ...]:
+    """The exits of a run that names none: the model's own, else quarters; full depth last.
+
+    Args:
+        shape: configuration of the model; `exit_layers` in it are its own exits.
+
+    Raises:
+        OptionError: it names a layer that does not exist.
+    """
+    depth, own = shape.get_text_config().num_hidden_layers, getattr(shape, "exit_layers", None)
+    return exits.normalise(own, depth) if own else exits.quarter_points(depth)
+
+
+def tell_exits(shape: Any) -> None:
+    """Say which exits a run takes that names none, and why those."""
+    own = getattr(shape, "exit_layers", None)
+    origin = "the model's own" if own else "quarters, as the model names none"
+    layers = ", ".join(map(str, default_exits(shape)))
+    note(f"exit layers {layers}: {origin}; --exit-layers names others")
 
 
 def new_tokenizer(texts: Iterable[str], shape: Any, vocab_size: int) -> Any:

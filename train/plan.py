@@ -12,7 +12,7 @@ from adaptive_gen import exits
 from adaptive_gen.errors import DataError, ModelError, OptionError
 
 from .config import TrainConfig
-from .models import keep_first, read_shape
+from .models import default_exits, keep_first, read_shape, tell_exits
 from .objectives import parse
 from .saving import RECORD
 
@@ -92,8 +92,9 @@ def plan(config: TrainConfig, means: Means) -> Plan:
     parse(config.objective)
     shape = _shape(config)
     depth = shape.get_text_config().num_hidden_layers
-    layers = exits.quarter_points(depth)
-    if config.exit_layers:
+    if config.exit_layers is None:
+        layers = default_exits(shape)
+    else:
         layers = exits.parse(config.exit_layers, depth)
     parameters = _parameters(shape)
     held = parameters * BYTES[config.dtype] // (means.devices if means.sharded else 1)
@@ -102,6 +103,8 @@ def plan(config: TrainConfig, means: Means) -> Plan:
     tokens = None if steps is None else steps * config.batch_size * config.seq_len
     rate = means.tokens_per_s or _scaled_rate(means.like, parameters)
     seconds = tokens / rate if tokens and rate else None
+    if config.exit_layers is None:
+        tell_exits(shape)
     return Plan(parameters, depth, layers, memory, tokens, steps, seconds)
 
 

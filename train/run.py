@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 from adaptive_gen import exits
 from adaptive_gen.errors import OptionError
 from adaptive_gen.exit_readouts import add_readouts, exits_of, load_readouts
+from adaptive_gen.ui import note
 
 from .adapters import exit_readout
 from .arguments import training_arguments
 from .checks import check_data, check_writable, checkpoint_to_resume
 from .config import TrainConfig
 from .data import hold_out, load, rows_of, sequences, texts_of
-from .models import load_model, new_model, new_tokenizer, read_shape
+from .models import (
+    default_exits,
+    load_model,
+    new_model,
+    new_tokenizer,
+    read_shape,
+    tell_exits,
+)
 from .objectives import Objective, parse
 from .packing import collator
-from .saving import record, save
+from .saving import record, save, settings_of
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -65,6 +73,8 @@ def train(config: TrainConfig, method: str) -> Path:
         tokenizer.save_pretrained(config.out)  # a resumed run must not learn another BPE
     if config.compile:
         _compile(model)
+    if config.exit_layers is None and len(layers) > 1 and main_process():
+        tell_exits(model.config)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -89,7 +99,7 @@ def evaluate_model(
     *,
     seq_len: int = 512,
     dtype: str = "float32",
-    eos: bool = True,
+    eos: bool | None = None,
     max_tokens: int = 0,
     asked: int = 0,
     max_new_tokens: int = 50,
@@ -102,7 +112,7 @@ def evaluate_model(
         exit_layers: as on the command line; None for the model's own, else quarters.
         seq_len: longest sequence.
         dtype: to run in.
-        eos: whether plain-text documents end with the EOS token.
+        eos: whether plain-text documents end with the EOS token; None as the model was trained.
         max_tokens: cap on the tokens scored; 0 scores all.
         asked: questions and instructions to answer in writing, as far as the data has any.
         max_new_tokens: longest answer.
@@ -114,6 +124,10 @@ def evaluate_model(
 
     check_data(paths)
     chosen = exits.parse(exit_layers) if exit_layers else None
+    if eos is None:
+        eos = bool(settings_of(Path(name)).get("eos", True))
+        if not eos:
+            note("documents end without EOS, as in training; --eos ends them with it")
     model, tokenizer = load_model(name, dtype)
     load_readouts(model, Path(name))
     layers = resolve_exits(model, chosen or exits_of(model) or None)
@@ -157,7 +171,7 @@ def _exit_layers(config: TrainConfig, model: Any, method: str) -> tuple[int, ...
     if method in ("sft", "extract"):
         return (depth,)
     if config.exit_layers is None:
-        return exits.quarter_points(depth)
+        return default_exits(model.config)
     return exits.parse(config.exit_layers, depth)
 
 

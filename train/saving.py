@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptive_gen.errors import ModelError
+
 from .config import TrainConfig
 from .objectives import Objective
 
@@ -28,6 +30,26 @@ def record(config: TrainConfig, method: str, objective: Objective, trainer: Any)
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "settings": settings,
     }
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings a model was trained with; empty where no run left its record.
+
+    Raises:
+        ModelError: the record is broken.
+    """
+    path = folder / RECORD
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(
+            f"{path} is no readable record of a training run; move it away, or restore it."
+        ) from None
+    return settings
 
 
 def save(
