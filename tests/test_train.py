@@ -152,6 +152,7 @@ def broken_inputs(tmp_path, model_dir, data):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text"\n')
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "code.py").write_text("print('hello')\n" * 99)
     lone = tmp_path / "lone"
     lone.mkdir()
     encoder = tmp_path / "encoder"
@@ -170,6 +171,9 @@ def broken_inputs(tmp_path, model_dir, data):
         "missing data": ["soft", model_dir, "--data", tmp_path / "no.txt", "--out", out],
         "no data": ["soft", model_dir, "--out", out, "--data"],
         "empty data": ["soft", model_dir, "--data", tmp_path / "empty.txt", "--out", out],
+        "source code": ["soft", model_dir, "--data", tmp_path / "code.py", "--out", out],
+        "eval source code": ["eval", model_dir, "--data", tmp_path / "code.py"],
+        "plan source code": ["plan", model_dir, "--data", tmp_path / "code.py"],
         "broken data": ["sft", model_dir, "--data", tmp_path / "bad.jsonl", "--out", out],
         "unwritable": ["soft", model_dir, "--data", data, "--out", tmp_path / "file" / "out"],
         "model and config": ["sft", model_dir, *rest, "--from-config", bad_shape],

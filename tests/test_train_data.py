@@ -238,6 +238,22 @@ def test_a_template_that_hides_earlier_answers_learns_the_last(byte_tokenizer):
     assert learnt(example, byte_tokenizer) == "a3;"
 
 
+@pytest.mark.parametrize("name", ["code.py", "table.csv", "page.md", "noname", "a.tar.gz", "b.gz"])
+def test_a_kind_of_file_that_is_not_read_is_refused_with_those_that_are(tmp_path, name):
+    path = written(tmp_path / name, "print('hello')\n")
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    said = str(caught.value)
+    assert name in said and "\n" not in said
+    assert ".txt, .jsonl, .json, .txt.gz" in said and ".parquet" in said and "hf:" in said
+
+
+def test_the_case_of_an_ending_does_not_matter(tmp_path):
+    path = written(tmp_path / "D.JSONL", '{"text": "Once."}\n')
+    assert list(read_rows(path)) == [Text("Once.")]
+    assert list(read_rows(written(tmp_path / "D.TXT", "Once."))) == [Text("Once.")]
+
+
 def test_a_completion_is_learnt_with_its_end(byte_tokenizer):
     example = answer_only(Pair("2+2=", "4"), byte_tokenizer)
     assert learnt(example, byte_tokenizer) == "4</s>"

@@ -61,7 +61,7 @@ def questions_in(paths: Sequence[Path], most: int) -> list[Asked]:
     """The first `most` questions and instructions of the files; plain text has none."""
     found: list[Asked] = []
     for path in paths:
-        if path.name.removesuffix(".gz").endswith(".txt"):
+        if path.name.lower().removesuffix(".gz").endswith(".txt"):
             continue
         for row in read_json_rows(path):
             if len(found) == most:

@@ -6,18 +6,19 @@ from pathlib import Path
 
 from adaptive_gen.errors import DataError, OptionError, OutputError
 
-from .reading import HUB
+from .reading import HUB, check_kind
 
 CHECKPOINTS = "checkpoints"
 
 
 def check_data(paths: Sequence[Path]) -> None:
-    """Raise `DataError` unless there is data and all files of it exist."""
+    """Raise `DataError` unless there is data and all files of it exist and are of a known kind."""
     if not paths:
         raise DataError("no data: give --data FILE (MODEL comes before --data).")
     for path in paths:
         if not path.exists() and not str(path).startswith(HUB):
             raise DataError(f"no data file {path}; check the path.")
+        check_kind(path)
 
 
 def check_writable(directory: Path) -> None:

@@ -13,6 +13,7 @@ from adaptive_gen.errors import DataError
 
 from .rows import Row, Text, to_row
 
+KINDS = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"
 HUB = "hf:"
 
@@ -73,16 +74,31 @@ def read_json_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield value
 
 
+def check_kind(path: Path) -> None:
+    """Raise `DataError` for a file of a kind that is not read, whatever it holds.
+
+    Any file of characters could be read as plain text; source code or a table would then be learnt
+    as if it were prose.
+    """
+    if str(path).startswith(HUB) or path.is_dir() or path.name.lower().endswith(KINDS):
+        return
+    raise DataError(
+        f"{path} is no kind of data file that is read; give {', '.join(KINDS)}, the directory of "
+        "a saved data set, or hf:NAME[:SPLIT]. Rename plain text to .txt."
+    )
+
+
 def _values(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]] | None:
     """(place, value) pairs of a source of objects; None for plain text."""
-    name = path.name.removesuffix(".gz")
+    check_kind(path)
+    if str(path).startswith(HUB) or path.is_dir():
+        return _data_set(path)
+    name = path.name.lower().removesuffix(".gz")
     if name.endswith(".jsonl"):
         return _json_lines(path, bad)
     if name.endswith(".json"):
         return _json_array(path)
-    if name.endswith(".parquet"):
-        return _parquet(path)
-    return _data_set(path) if str(path).startswith(HUB) or path.is_dir() else None
+    return _parquet(path) if name.endswith(".parquet") else None
 
 
 def _checked(values: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Row]:
@@ -96,8 +112,9 @@ def _checked(values: Iterable[tuple[str, Any]], bad: BadRows) -> Iterator[Row]:
 
 def _text_lines(path: Path) -> Iterator[str]:
     """The lines of a text file, read as they are needed."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8") as file:
             yield from file
     except FileNotFoundError:
         raise DataError(f"no data file {path}; check the path.") from None
