@@ -1,12 +1,14 @@
 """Everything the commands show: the only module that prints, and the only importer of rich.
 
 The answer goes to stdout; notes, progress and footers go to stderr. Colour, bars and prompts
-appear only on a terminal: what a pipe receives is the plain text and nothing else.
+appear only on a terminal: what a pipe receives is the plain text and nothing else. Where stderr is
+no terminal, long work says a line from time to time in place of its bar.
 """
 
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +30,7 @@ SHADES = ("#00a0a8", "#2f9e44", "#b58900", "#d9631e", "#d2323c")
 # A model may have learned terminal escape sequences; on a terminal they are not carried out.
 CONTROL = {code: None for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
 PIPE_WIDTH = 160
+SILENCE_S = 30.0  # longest silence of work without a bar, as far as its steps are shorter
 
 
 def note(text: str) -> None:
@@ -69,12 +72,33 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+class Pulse:
+    """Says that work goes on where nothing else has been said for `SILENCE_S` seconds."""
+
+    def __init__(self):
+        """Start to count the seconds."""
+        self.rest()
+
+    def rest(self) -> None:
+        """Something else was said."""
+        self._last = time.monotonic()
+
+    def beat(self, text: str) -> None:
+        """Say it if it is time to."""
+        if time.monotonic() - self._last >= SILENCE_S:
+            note(text)
+            self.rest()
+
+
 def progress(
     iterable: Iterable[Item], description: str, total: int | None = None
 ) -> Iterator[Item]:
-    """Pass `iterable` on, with a bar on stderr while it lasts; without a terminal, silently."""
+    """Pass `iterable` on, with a bar on stderr while it lasts; without a terminal, a `Pulse`."""
     if not err.is_terminal:
-        yield from iterable
+        pulse, of = Pulse(), "" if total is None else f" of {total}"
+        for done, item in enumerate(iterable):
+            pulse.beat(f"{description}: {done}{of}")
+            yield item
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:

@@ -27,6 +27,15 @@ def test_held_out_text_is_scored_at_every_checkpoint(tmp_path, model_dir, data, 
     assert [row["step"] for row in read(out) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
+def test_steps_are_told_between_log_lines_where_there_is_no_bar(
+    tmp_path, model_dir, data, monkeypatch, capsys
+):
+    monkeypatch.setattr("adaptive_gen.ui.SILENCE_S", 0.0)
+    train(options(model_dir, data, tmp_path / "out", max_steps=4, log_steps=2), "soft")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert lines[0] == "step 1/4" and lines[-1].startswith("step 4/4 loss")
+
+
 def test_a_share_is_kept_from_training(tmp_path, model_dir, data):
     half = {"max_steps": -1, "epochs": 1, "eval_share": 0.5, "batch_size": 1, "micro_batch": 1}
     steps = []

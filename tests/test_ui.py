@@ -83,9 +83,19 @@ def test_a_table_in_a_pipe_keeps_every_cell(capsys):
     assert err == ""
 
 
-def test_progress_passes_everything_on_and_is_silent_in_a_pipe(capsys):
+def test_progress_passes_everything_on_and_short_work_is_silent_in_a_pipe(capsys):
     assert list(ui.progress(iter("abc"), "working", total=3)) == ["a", "b", "c"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_says_a_line_now_and_then_in_a_pipe(capsys, monkeypatch):
+    seconds = iter(range(0, 1000, 12))
+    monkeypatch.setattr(ui.time, "monotonic", lambda: next(seconds))
+    assert list(ui.progress(iter(range(9)), "working", total=9)) == list(range(9))
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines and len(lines) < 4 and re.fullmatch(r"working: \d of 9", lines[0])
 
 
 def test_progress_shows_a_bar_on_a_terminal(terminal):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adaptive_gen.errors import ModelError
 from adaptive_gen.exit_readouts import readouts
+from adaptive_gen.ui import progress
 
 from .data import PLAIN_PROMPT
 
@@ -91,7 +92,9 @@ def answers(
     eos = tokenizer.eos_token_id
     written = []
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    for start in range(0, len(questions), batch_size):
+    depth = model.config.get_text_config().num_hidden_layers
+    starts = range(0, len(questions), batch_size)
+    for start in progress(starts, f"answering at exit {depth}", total=len(starts)):
         ids = _prompt_ids(questions[start : start + batch_size], tokenizer)
         ids = [row[-(longest - max_new_tokens) :] for row in ids]
         width = max(map(len, ids))
@@ -132,7 +135,8 @@ def likelihood(
     """
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     found: list[float] = []
-    for start in range(0, len(said), batch_size):
+    starts = range(0, len(said), batch_size)
+    for start in progress(starts, "weighing the answers", total=len(starts)):
         part = slice(start, start + batch_size)
         asked, told = _prompt_ids(questions[part], tokenizer), []
         for answer in said[part]:

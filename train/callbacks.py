@@ -11,15 +11,17 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from adaptive_gen.errors import OptionError
+from adaptive_gen.ui import Pulse
 
 from .saving import write_text
 
 
 class Progress(TrainerCallback):
-    """A bar and log lines on stderr: stdout is for answers."""
+    """A bar, or without a terminal a pulse, and log lines on stderr: stdout is for answers."""
 
     def __init__(self):
         self.bar: Any = None
+        self.pulse = Pulse()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar where a resumed run left it."""
@@ -31,10 +33,13 @@ class Progress(TrainerCallback):
             dynamic_ncols=True,
             disable=not (sys.stderr.isatty() and state.is_world_process_zero),
         )
+        self.pulse.rest()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance."""
         self.bar.update(state.global_step - self.bar.n)
+        if self.bar.disable and state.is_world_process_zero:
+            self.pulse.beat(f"step {state.global_step}/{state.max_steps}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One line: step, loss, and the loss of each exit."""
@@ -52,6 +57,7 @@ class Progress(TrainerCallback):
             line = f"step {state.global_step}/{state.max_steps} {name} {logs[f'{prefix}loss']:.4f}"
             rate = "" if prefix else f" | lr {logs['learning_rate']:.2e}"
             self.bar.write(f"{line} | per exit {exits}{rate}", sys.stderr)
+            self.pulse.rest()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

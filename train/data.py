@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_gen.errors import DataError, OptionError
+from adaptive_gen.ui import progress
 
 from .packing import IGNORE, PACKINGS, Example, fill, stream
 from .reading import BadRows, read_rows
 from .rows import Dialogue, Pair, Row, Text
 
+AT_ONCE = 1000  # texts that are tokenized together
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
 
@@ -114,8 +116,9 @@ def documents(texts: Sequence[str], tokenizer: Any, *, eos: bool = True) -> Iter
     first: Any = tokenizer.bos_token_id
     last: Any = tokenizer.eos_token_id
     ends = eos and last is not None
-    for start in range(0, len(texts), 1000):
-        batch = list(texts[start : start + 1000])
+    starts = range(0, len(texts), AT_ONCE)
+    for start in progress(starts, f"tokenizing {len(texts)} texts", total=len(starts)):
+        batch = list(texts[start : start + AT_ONCE])
         for ids in tokenizer(batch, verbose=False)["input_ids"]:
             if ends and first == last and ids[:1] == [first]:
                 ids = ids[1:]

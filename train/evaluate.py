@@ -13,6 +13,7 @@ from adaptive_gen.confidence import MEASURES
 from adaptive_gen.exit_readouts import readouts
 from adaptive_gen.losses import exit_states
 from adaptive_gen.readout import Readout
+from adaptive_gen.ui import progress
 
 from .asking import Answered
 from .metrics import resampled_sums
@@ -89,7 +90,8 @@ def evaluate(
     ways = list(readouts(model, exit_layers).values())
     collate = collator(0)
     sums = torch.zeros(len(examples), 1 + len(ways) * PER_EXIT, dtype=torch.float64)
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+    for start in progress(starts, f"scoring {len(exit_layers)} exits", total=len(starts)):
         batch = {
             k: v.to(model.device)
             for k, v in collate(list(examples[start : start + batch_size])).items()
