@@ -97,10 +97,9 @@ def settle(
 ) -> tuple[Measured, list[Measured]]:
     """The best of a point that meets the target and all its rivals, each measured as well as it.
 
-    A rival is a point that met the target in its cheap measurement and was no slower; where a speed
-    is the target, no less faithful either, since the first point aims beyond that speed for good
-    reason. It is taken only if it still meets the target on every prompt. For a disagreement or a
-    speed that is a choice by the prompts that the figures are from, as trying one setting after
+    A rival is a point that met the target in its cheap measurement and looked as good, see
+    `_rivals`. It is taken only if it still meets the target on every prompt. For a disagreement or
+    a speed that is a choice by the prompts that the figures are from, as trying one setting after
     another is: the figures are estimates with intervals, and nothing is promised of them. What
     carries a promise is limited by `allowed`, see `choose_certified`.
 
@@ -124,8 +123,7 @@ def settle(
             if m.candidate not in known
             and allowed(m.candidate)
             and target.met(m)
-            and m.speedup >= best.speedup
-            and (m.agreement >= best.agreement or not target.by_speed)
+            and _rivals(m, best, target)
         ]
         if not look:
             return best, rivals
@@ -134,6 +132,18 @@ def settle(
         rivals.append(arena.judge(rival, target))
         if target.met(rivals[-1]):
             good.append(rivals[-1])
+
+
+def _rivals(cheap: Measured, best: Measured, target: Target) -> bool:
+    """Whether a point that meets the target may serve it better than the best so far.
+
+    Where a speed is the target, it has to be as good in both: the first point aims beyond that
+    speed for good reason, and one that barely reaches it does so by luck.
+    """
+    as_fast, as_faithful = cheap.speedup >= best.speedup, cheap.agreement >= best.agreement
+    if target.by_speed:
+        return as_fast and as_faithful
+    return as_fast or (as_faithful and cheap.speedup >= best.interval[0])
 
 
 def _best(good: Sequence[Measured], target: Target) -> Measured:
@@ -202,8 +212,11 @@ def _unreachable(target: Target, measured: Sequence[Measured]) -> str:
     best = max(measured, key=lambda m: m.speedup if target.by_speed else m.agreement)
     superlative = "fastest" if target.by_speed else "most faithful"
     latency = f", {best.latency_ms:.1f} ms a token," if target.kind == "latency" else ""
+    # A best of several looks better than it is, and differs the next time: how sure it is is said.
+    low, high = best.interval
     return (
-        f"{target} cannot be reached with this model on this device; the {superlative} setting "
-        f"measured gives {best.speedup:.2f}x{latency} at {best.agreement:.1%} agreement. Ask for "
-        "that or less, or train the exits further."
+        f"{target} cannot be reached with this model on this device; the {superlative} of "
+        f"{len(measured)} settings measured gave {best.speedup:.2f}x (95 % interval {low:.2f} to "
+        f"{high:.2f}){latency} at {best.agreement:.0%} agreement over {best.tokens} tokens; "
+        f"another run may differ by as much. Ask for {target.easier}, or train the exits further."
     )

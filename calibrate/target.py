@@ -55,6 +55,11 @@ class Target:
         """What to ask for instead where only a faster setting will do."""
         return f"a {'smaller' if self.kind == 'latency' else 'larger'} {OPTIONS[self.kind]}"
 
+    @property
+    def easier(self) -> str:
+        """What to ask for instead where nothing does."""
+        return f"a {'smaller' if self.kind == 'speedup' else 'larger'} {OPTIONS[self.kind]}"
+
     def __str__(self) -> str:
         """The option that asks for it."""
         return f"{OPTIONS[self.kind]} {self.value:g}"

@@ -50,9 +50,10 @@ def check(
         _, agrees = trace.at(next(iter(trace.confidence)), k)
         shares.append(f"{agrees.mean():.0%} at exit {exit_layer}")
     raise Unreachable(
-        f"{ADVICE}: the best setting for {target} is predicted to run at {best.speedup:.2f}x. "
-        f"Full depth's token is found for {', '.join(shares)}, and each look at an exit takes as "
-        f"long as {check_in_layers(cost):.1f} layers. Train the exits further, check fewer of them "
+        f"{ADVICE}: the best setting for {target} is predicted to run at {best.speedup:.2f}x, "
+        f"give or take {cost.residual:.0%} by the error on timed runs. Full depth's token is found "
+        f"for {', '.join(shares)}, and each look at an exit takes as long as "
+        f"{looks(cost, trace.n_layers)}. Train the exits further, check fewer of them "
         f"with --exit-layers{f', or ask for {target.bolder}' if dial else ''}."
     )
 
@@ -82,6 +83,16 @@ def check_measured(found: Calibration, target: Target, least: float | None = Non
         f"check fewer of them with --exit-layers, or ask for {target.bolder}.",
         found,
     )
+
+
+def looks(cost: Cost, n_layers: int) -> str:
+    """How long one look at an exit takes, in words.
+
+    Layers that cost next to nothing beside the rest of a token cannot be told from it by the clock,
+    and a quotient with them says nothing.
+    """
+    layers = check_in_layers(cost)
+    return f"{layers:.1f} layers" if layers <= 3 * n_layers else f"all {n_layers} layers or more"
 
 
 def check_in_layers(cost: Cost) -> float:

@@ -204,8 +204,12 @@ def test_too_many_exits_for_thresholds_of_their_own_are_refused():
 
 def test_where_looking_costs_more_than_layers_the_answer_is_no():
     trace = random_trace()
-    for readouts, says in ((0.1, None), (20.0, "do not use adaptive depth .* 20.0 layers")):
-        price = cost(layers=1.0, readouts=readouts)
+    for readouts, layers, says in (
+        (0.1, 1.0, None),
+        (20.0, 1.0, "do not use adaptive depth .* give or take 0% .* as long as 20.0 layers"),
+        (20.0, 0.0, "do not use adaptive depth .* as long as all 8 layers or more"),
+    ):
+        price = cost(layers=layers, readouts=readouts)
         traced = Traced.of(trace, {2: IDENTITY, 4: IDENTITY}, "margin", price, "recompute", 16)
         front = search.front(search.candidates(traced))
         target = Target("disagreement", 0.05)

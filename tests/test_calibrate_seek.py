@@ -59,9 +59,22 @@ def test_a_missed_agreement_is_sought_the_other_way():
     assert chosen.candidate.agreement == pytest.approx(0.97, abs=0.006)
 
 
-def test_a_target_out_of_reach_names_the_best_measured_point():
-    with pytest.raises(Unreachable, match=r"--target-speedup 1\.5 .* 1\.20x at 80\.0% agreement"):
-        choose(long_front(), Target("speedup", 1.5), Machine(slower=0.6))
+def test_a_target_out_of_reach_names_the_best_measured_point_and_how_sure_it_is():
+    class Unsure(Machine):
+        def judge(self, candidate, target=None):
+            found = super().judge(candidate)
+            return replace(found, interval=(found.speedup - 0.1, found.speedup + 0.1))
+
+        def look(self, found):
+            return [self.judge(c) for c in found]
+
+    says = (
+        r"--target-speedup 1\.5 cannot be reached .* fastest of \d+ settings measured gave 1\.20x "
+        r"\(95 % interval 1\.10 to 1\.30\) at 80% agreement over 100 tokens; another run may "
+        r"differ by as much\. Ask for a smaller --target-speedup"
+    )
+    with pytest.raises(Unreachable, match=says):
+        choose(long_front(), Target("speedup", 1.5), Unsure(slower=0.6))
 
 
 def test_cheap_measurements_correct_the_first_try_and_are_kept():
@@ -126,6 +139,8 @@ def test_speeds_that_noise_cannot_tell_apart_leave_the_choice_to_agreement():
     near, far = measured(1.21, 0.975, 1.3, noise=0.03), measured(1.29, 0.975, 1.4, noise=0.03)
     assert settle(chosen, [near], FAITHFUL, Tried(near))[0] is chosen
     assert settle(chosen, [near, far], FAITHFUL, Tried(near, far))[0] is far
+    faithful = measured(1.17, 0.999, 1.1, noise=0.03)
+    assert settle(chosen, [faithful], FAITHFUL, Tried(faithful))[0] is faithful
 
 
 @pytest.mark.parametrize("target", [FAITHFUL, FAST])
