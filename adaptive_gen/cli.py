@@ -97,6 +97,7 @@ def generate(
     prompt = _read_pipe() if prompt is None else prompt
     if not prompt:
         raise OptionError("the prompt is empty; give it at least one word.")
+    options.no_model(prompt)
     loaded, tokenizer = options.load_model(model, calibration=calibration, **read)
     if not as_json:
         reply = _reply(loaded, tokenizer, prompt, depth, decoding)

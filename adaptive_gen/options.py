@@ -140,6 +140,22 @@ def something_to_export(exit_layer: int | None, with_generate: bool) -> None:
         )
 
 
+def no_model(prompt: str) -> None:
+    """Raise `OptionError` for a prompt that is a model directory.
+
+    Other commands take the model first; here it would be continued, by the built-in model.
+    """
+    try:
+        named = (Path(prompt) / "config.json").is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a zero in it
+        return
+    if named:
+        raise OptionError(
+            f"{prompt} is a model directory and stands where the prompt belongs; write "
+            f'`adaptive-gen generate "..." --model {prompt}`.'
+        )
+
+
 def weights_of(weights: str) -> dict[str, str]:
     """What a model's weights are read as, as a keyword of `load`.
 

@@ -272,6 +272,15 @@ def test_a_target_without_a_calibration(run, model):
     assert_one_line(shown, "calibrate run")
 
 
+def test_generate_with_a_model_where_the_prompt_belongs(run, model):
+    assert_one_line(run("generate", model), "is a model directory", f"--model {model}")
+    assert_one_line(run("generate", model, stdin="say:\n"), "stands where the prompt belongs")
+
+
+def test_a_long_prompt_is_no_directory(run, model):
+    assert run("generate", "say:" * 2000, "-m", model, "--max-new-tokens", 2).code != 1
+
+
 def test_generate_without_a_prompt(run, model):
     assert_one_line(run("generate", "-m", model), "prompt is empty")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adaptive_gen.errors import DataError, OptionError, OutputError
 
+from .config import TrainConfig
 from .reading import HUB, check_kind
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +20,22 @@ def check_data(paths: Sequence[Path]) -> None:
         if not path.exists() and not str(path).startswith(HUB):
             raise DataError(f"no data file {path}; check the path.")
         check_kind(path)
+
+
+def check_length(config: TrainConfig) -> None:
+    """Raise `OptionError` for a run without a step: what it wrote would look like a trained model.
+
+    `max_steps` is -1 where the epochs say how long it lasts.
+    """
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise OptionError(
+            f"--max-steps {config.max_steps} trains nothing; give 1 or more, or leave it out to "
+            "train for --epochs."
+        )
+    if config.max_steps < 0 and config.epochs <= 0:
+        raise OptionError(
+            f"--epochs {config.epochs:g} trains nothing; give more than 0, or --max-steps."
+        )
 
 
 def check_writable(directory: Path) -> None:

@@ -28,7 +28,7 @@ def evaluate(
         bool | None,
         typer.Option("--eos/--no-eos", help="End documents with EOS. Default: as in training."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0: all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens; 0: all.", min=0)] = 0,
     asked: Annotated[
         int, typer.Option(help="Questions and instructions to answer in writing.", min=0)
     ] = 100,

@@ -30,9 +30,7 @@ def load_model(name: str, dtype: str = "float32", layers: int = 0) -> tuple[Any,
     if dtype != "auto" and dtype not in known:
         raise OptionError(f"dtype {dtype!r} is unknown; give {', '.join(known)} or auto.")
     folder = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise ModelError(f"no model directory {name}; check the path.")
+    check_place(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{name} has no config.json; give the directory of a saved causal LM.")
     try:
@@ -49,6 +47,13 @@ def load_model(name: str, dtype: str = "float32", layers: int = 0) -> tuple[Any,
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot load {name} as a causal LM: {lines[0].rstrip('.')}.") from error
     return model, tokenizer
+
+
+def check_place(name: str) -> None:
+    """Raise `ModelError` for a name that is neither a directory nor could be one on the hub."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(f"no model directory {name}; check the path.")
 
 
 def keep_first(shape: Any, layers: int) -> None:

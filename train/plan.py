@@ -11,8 +11,9 @@ from typing import Any
 from adaptive_gen import exits
 from adaptive_gen.errors import DataError, ModelError, OptionError
 
+from .checks import check_length
 from .config import TrainConfig
-from .models import default_exits, keep_first, read_shape, tell_exits
+from .models import check_place, default_exits, keep_first, read_shape, tell_exits
 from .objectives import parse
 from .saving import RECORD
 
@@ -87,6 +88,7 @@ def plan(config: TrainConfig, means: Means) -> Plan:
         OptionError: an exit, objective or dtype that does not exist.
         DataError: data that cannot be read, or a run to compare with that is none.
     """
+    check_length(config)
     if config.dtype not in BYTES:
         raise OptionError(f"dtype {config.dtype!r} cannot be planned; give {', '.join(BYTES)}.")
     parse(config.objective)
@@ -149,6 +151,7 @@ def _shape(config: TrainConfig) -> Any:
         return read_shape(config.from_config)
     if not config.model:
         raise OptionError("give MODEL, a directory or hub id, or --from-config FILE.")
+    check_place(config.model)
     if Path(config.model).is_dir():
         return read_shape(Path(config.model) / "config.json")
     try:

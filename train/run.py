@@ -14,7 +14,7 @@ from adaptive_gen.ui import note
 
 from .adapters import exit_readout
 from .arguments import training_arguments
-from .checks import check_data, check_writable, checkpoint_to_resume
+from .checks import check_data, check_length, check_writable, checkpoint_to_resume
 from .config import TrainConfig
 from .data import hold_out, load, rows_of, sequences, texts_of
 from .models import (
@@ -47,6 +47,7 @@ def train(config: TrainConfig, method: str) -> Path:
     if bool(config.model) == bool(config.from_config):
         raise OptionError("give either MODEL, a directory or hub id, or --from-config FILE.")
     objective = parse(config.objective)
+    check_length(config)
     check_data([*config.data, *config.eval_data])
     if config.eval_data and config.eval_share:
         raise OptionError("--eval-data and --eval-share both say what is held out; give one.")
@@ -124,10 +125,9 @@ def evaluate_model(
 
     check_data(paths)
     chosen = exits.parse(exit_layers) if exit_layers else None
+    as_trained = eos is None
     if eos is None:
         eos = bool(settings_of(Path(name)).get("eos", True))
-        if not eos:
-            note("documents end without EOS, as in training; --eos ends them with it")
     model, tokenizer = load_model(name, dtype)
     load_readouts(model, Path(name))
     layers = resolve_exits(model, chosen or exits_of(model) or None)
@@ -135,6 +135,8 @@ def evaluate_model(
     if max_tokens > 0:
         used = accumulate(len(e["input_ids"]) - 1 for e in examples)
         examples = examples[: max(1, sum(count <= max_tokens for count in used))]
+    if as_trained and not eos:
+        note("documents end without EOS, as in training; --eos ends them with it")
     found = evaluate(model, examples, layers)
     if asked and (rows := questions_in(paths, asked)):
         answered = ask(model, tokenizer, rows, layers, max_new_tokens=max_new_tokens)
