@@ -143,19 +143,29 @@ def _rivals(cheap: Measured, best: Measured, target: Target) -> bool:
     as_fast, as_faithful = cheap.speedup >= best.speedup, cheap.agreement >= best.agreement
     if target.by_speed:
         return as_fast and as_faithful
-    return as_fast or (as_faithful and cheap.speedup >= best.interval[0])
+    return as_fast or (as_faithful and _tied(cheap, best))
 
 
 def _best(good: Sequence[Measured], target: Target) -> Measured:
     """Of points that meet the target the one that serves it best, which no other of them beats.
 
-    Speeds within the interval of the fastest are taken as equal: noise is no reason to give up
-    agreement.
+    Noise is no reason to give up agreement: of speeds that are tied with the fastest the most
+    faithful is taken.
     """
+    best = max(good, key=lambda m: (m.agreement, m.speedup))
     if not target.by_speed:
-        least = max(good, key=lambda m: m.speedup).interval[0]
-        good = [m for m in good if m.speedup >= least]
-    return max(good, key=lambda m: (m.agreement, m.speedup))
+        fastest = max(good, key=lambda m: m.speedup)
+        tied = [m for m in good if _tied(m, fastest)]
+        best = max(tied, key=lambda m: (m.agreement, m.speedup))
+    # Ties are not transitive: what is as fast as this need not be tied with the fastest.
+    as_good = [m for m in good if m.speedup >= best.speedup and m.agreement >= best.agreement]
+    return max(as_good, key=lambda m: (m.agreement, m.speedup))
+
+
+def _tied(one: Measured, other: Measured) -> bool:
+    """Whether noise may be all that their speeds differ by: each is in the other's interval."""
+    (slower, low), (faster, high) = sorted((m.speedup, m.interval) for m in (one, other))
+    return faster <= low[1] and slower >= high[0]
 
 
 def together(well: Sequence[Measured], cheap: Sequence[Measured]) -> list[Measured]:

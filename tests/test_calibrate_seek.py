@@ -141,6 +141,8 @@ def test_speeds_that_noise_cannot_tell_apart_leave_the_choice_to_agreement():
     assert settle(chosen, [near, far], FAITHFUL, Tried(near, far))[0] is far
     faithful = measured(1.17, 0.999, 1.1, noise=0.03)
     assert settle(chosen, [faithful], FAITHFUL, Tried(faithful))[0] is faithful
+    unsure, sure = measured(1.22, 0.98, 1.2, noise=0.07), measured(1.16, 0.99, 1.1, noise=0.04)
+    assert settle(unsure, [sure], FAITHFUL, Tried(sure))[0] is unsure, "1.22 is beyond 1.20"
 
 
 @pytest.mark.parametrize("target", [FAITHFUL, FAST])
@@ -171,7 +173,9 @@ def test_no_choice_is_beaten_by_a_point_beside_it_on_a_noisy_machine():
             found = super().judge(candidate)
             speedup = found.speedup * self.draw.normal(1, 0.03)
             agreement = found.agreement + self.draw.normal(0, 0.01)
-            return replace(found, speedup=speedup, interval=(speedup, speedup), agreement=agreement)
+            noise = self.draw.uniform(0, 0.1)
+            interval = speedup - noise, speedup + noise
+            return replace(found, speedup=speedup, interval=interval, agreement=agreement)
 
         def look(self, found):
             return [self.judge(c) for c in found]
