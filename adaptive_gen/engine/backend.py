@@ -14,7 +14,7 @@ from ..errors import ModelError, OptionError
 from . import graphs
 from .batch import BatchStretch
 from .cache import KVCache
-from .compiled import CompiledSegment, NarrowSegment, longest, most_tokens
+from .compiled import CompiledSegment, NarrowSegment, in_pieces, longest, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .drafts import DraftLength
@@ -119,19 +119,23 @@ class Backend:
         fused = self._prepared.fused
         assert fused is not None
         self._narrow = self.decoder.dtype not in WIDE
-        segments = self._long_segments(fused, exit_layers)
         compiled = self._prepared.compiled if self.name == "compiled" else None
         if self.weights == "int8":
             self.name += "-int8"
-        if compiled is None:
-            return segments
-        desk = Desk(fused.sizes, fused.turns, fused.qk_floors, most_tokens())
-        most = longest(fused)
-        return [CompiledSegment(compiled, segment, desk, most) for segment in segments]
-
-    def _long_segments(self, model: FusedModel, exit_layers: Sequence[int]) -> list[Segment]:
-        """What runs blocks of many tokens."""
         bounds = list(zip([0, *exit_layers[:-1]], exit_layers, strict=True))
+        if compiled is None:
+            return self._long_segments(fused, bounds)
+        desk = Desk(fused.sizes, fused.turns, fused.qk_floors, most_tokens())
+        longs: list[Any] = [None] * len(bounds)
+        if not in_pieces(fused):
+            longs = self._long_segments(fused, bounds)
+        return [
+            CompiledSegment(compiled, *each, desk, longest(fused), long)
+            for each, long in zip(bounds, longs, strict=True)
+        ]
+
+    def _long_segments(self, model: FusedModel, bounds: list[tuple[int, int]]) -> list[Segment]:
+        """What runs blocks of many tokens."""
         if model.narrow:
             return [NarrowSegment(self.decoder, *each) for each in bounds]
         workspace = Workspace(model.sizes, len(model.turns))

@@ -7,12 +7,14 @@ Axes: `rows`, `time`, `hidden`, `layers`, `tokens` (of all rows, without filling
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .cache import KVCache, Span
 from .desk import Desk
@@ -31,6 +33,7 @@ MOST_ROWS, MOST_TOKENS = 16, 96
 _TRIALS = 5
 # How long the threads of the last way stay awake and keep the cores from those of the next.
 _SPINNING_S = 0.03
+_TRIED, _FAR = 1024, 2  # width of a matrix that is tried; how much longer is far longer
 _DOUBT = 1.1  # noise in a trial's ratio, which must not change a machine's choice from run to run
 
 
@@ -39,19 +42,11 @@ class CompiledSegment:
     """Layers `start`..`stop` of a `CompiledModel`."""
 
     model: CompiledModel
-    long: Segment  # the same layers, for blocks of many tokens
+    start: int
+    stop: int
     desk: Desk  # shared by the segments of one generation
     longest: int  # tokens of a row that are not yet many, if the desk has room for those of all
-
-    @property
-    def start(self) -> int:
-        """Layers that have run before it."""
-        return self.long.start
-
-    @property
-    def stop(self) -> int:
-        """Layers that have run after it."""
-        return self.long.stop
+    long: Segment | None  # the same layers, for blocks of many tokens; None: they come in pieces
 
     def run(
         self, hidden: Tensor, cache: KVCache, span: Span | None = None, newest_only: bool = False
@@ -59,7 +54,12 @@ class CompiledSegment:
         """Run the layers on a block [rows, time, hidden]; valid until the next run."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if self._is_long(span):
-            return self.long.run(hidden, cache, span, newest_only)
+            if self.long is not None:
+                return self.long.run(hidden, cache, span, newest_only)
+            out = hidden.clone()
+            for rows, times, piece in _pieces(span, self.desk.room):
+                out[rows, times] = self.run(hidden[rows, times], cache, piece, newest_only)
+            return out
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
@@ -84,7 +84,11 @@ class CompiledSegment:
         """K/V of a block for all layers."""
         span = span or cache.span(self.start, (hidden.shape[1],) * cache.batch)
         if self._is_long(span):
-            return self.long.store(hidden, cache, span)
+            if self.long is not None:
+                return self.long.store(hidden, cache, span)
+            for rows, times, piece in _pieces(span, self.desk.room):
+                self.store(hidden[rows, times], cache, piece)
+            return
         cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
@@ -121,6 +125,26 @@ class CompiledSegment:
         return desk.memory(kv)
 
 
+def _pieces(span: Span, most: int) -> Iterator[tuple[list[int], slice, Span]]:
+    """Cut a block into some of at most so many tokens, each row's in order.
+
+    Yields:
+        A piece's rows and times in the block, and its place in the cache.
+    """
+    all_rows = range(len(span.starts))
+    for first_row in all_rows[::most]:
+        group = all_rows[first_row : first_row + most]
+        step = most // len(group)
+        for first in range(0, max(span.counts[row] for row in group), step):
+            rows = [row for row in group if span.counts[row] > first]
+            piece = Span(
+                tuple(span.starts[row] + first for row in rows),
+                tuple(min(step, span.counts[row] - first) for row in rows),
+                tuple(rows if span.rows is None else (span.rows[row] for row in rows)),
+            )
+            yield rows, slice(first, first + piece.time), piece
+
+
 @dataclass(frozen=True)
 class NarrowSegment(ModuleSegment):
     """The model's own layers, in their own dtype, between hidden states in float32."""
@@ -147,11 +171,32 @@ def most_tokens() -> int:
 def longest(model: FusedModel) -> int:
     """How many tokens of a row the kernels run, if a block has room for those of all rows.
 
-    In bfloat16 torch's products of many tokens are quicker than the kernels', which are float32.
-    But what waits in front of a segment, or of two, has to be computed as it is one by one.
+    Where torch is quick in bfloat16, its products of many tokens are quicker than the kernels',
+    which are float32. But what waits in front of a segment, or of two, has to be computed as it is
+    one by one.
     """
-    narrow = model.narrow and model.decoder.dtype == torch.bfloat16
-    return 1 + 2 * QUEUE_CAP if narrow else most_tokens()
+    dtype = model.decoder.dtype
+    sooner = model.narrow and dtype == torch.bfloat16 and not in_pieces(model)
+    return 1 + 2 * QUEUE_CAP if sooner else most_tokens()
+
+
+def in_pieces(model: FusedModel) -> bool:
+    """Whether the kernels run many tokens of a model too: in half precision, if torch is slow."""
+    return model.narrow and is_slow(model.decoder.dtype)
+
+
+@lru_cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether torch takes far longer for products in a dtype than in float32, by a trial.
+
+    Processors without instructions for it take some eight times as long.
+    """
+    weights = torch.ones(_TRIED, _TRIED)
+    times = []
+    for kind in (torch.float32, dtype):
+        x, w = weights[:MOST_TOKENS].to(kind), weights.to(kind)
+        times.append(min(_timed(partial(F.linear, x, w)) for _ in range(_TRIALS)))
+    return times[1] > times[0] * _FAR
 
 
 def prepared(model: FusedModel, if_quicker: bool) -> tuple[CompiledModel | None, str, float]:
@@ -197,7 +242,8 @@ def _ways(model: CompiledModel) -> list[Callable[[], object]]:
         long = FusedSegment(fused, 0, n_layers, stack, Workspace(fused.sizes, len(fused.turns)))
     hidden = like.new_ones(1, 1, fused.sizes.hidden)
     caches = KVCache(n_layers), KVCache(n_layers)
-    short = CompiledSegment(model, long, Desk(fused.sizes, fused.turns, like, room=1), longest=1)
+    desk = Desk(fused.sizes, fused.turns, like, room=1)
+    short = CompiledSegment(model, 0, n_layers, desk, longest=1, long=long)
     return [lambda: short.run(hidden, caches[0]), lambda: long.run(hidden, caches[1])]
 
 
