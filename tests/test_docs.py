@@ -1,7 +1,11 @@
 """The documents' Python runs as it stands, block after block."""
 
+import dataclasses
 import re
 from pathlib import Path
+
+from adaptive_gen.report import Report
+from adaptive_gen.settings import FIELDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -19,3 +23,10 @@ def test_the_examples_of_modes_run(monkeypatch):
             assert out.report.drafted >= out.report.accepted > 0
         if "audit_floor" in block:
             assert out.report.audit.floor == 0.97
+
+
+def test_the_table_of_our_keywords_has_all_of_them_and_the_report_is_described():
+    ours = (DOCS / "generate.md").read_text().split("## Ours")[1].split("## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` ", ours, re.MULTILINE)) == set(FIELDS)
+    told = set(re.findall(r"`(\w+)`", ours.split("`report`: ")[1]))
+    assert told == {field.name for field in dataclasses.fields(Report)}

@@ -166,9 +166,9 @@ def test_the_built_in_model_is_small_and_complete():
     assert json.loads((folder / "config.json").read_text())["exit_layers"]
 
 
-def readme_commands():
-    """(program, command, options) of every command line in the README's fenced code."""
-    page = re.sub(r"^## Files.*?^## ", "", README, flags=re.MULTILINE | re.DOTALL)
+def commands(page):
+    """(program, command, options) of every command line in a page's fenced code."""
+    page = re.sub(r"^## Files.*?^## ", "", page, flags=re.MULTILINE | re.DOTALL)
     blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         words = line.removeprefix("$ ").split("#")[0].split()
@@ -179,8 +179,13 @@ def readme_commands():
             yield words[0], command, [w.split("=")[0] for w in words if w.startswith("--")]
 
 
-@pytest.mark.parametrize(("program", "command", "options"), list(readme_commands()))
-def test_commands_of_the_readme_exist(program, command, options):
+PAGES = README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "options"), [each for page in PAGES for each in commands(page)]
+)
+def test_commands_of_the_documents_exist(program, command, options):
     arguments = [command, "--help"] if command else ["--help"]
     shown = CliRunner().invoke(COMMANDS[program].app, arguments)
     assert shown.exit_code == 0, shown.output
@@ -189,7 +194,7 @@ def test_commands_of_the_readme_exist(program, command, options):
 
 
 def test_the_readme_shows_every_program_and_only_make_targets_that_exist():
-    assert {program for program, _, _ in readme_commands()} == set(COMMANDS)
+    assert {program for program, _, _ in commands(README)} == set(COMMANDS)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)`?", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
