@@ -126,11 +126,11 @@ class Backend:
         if compiled is None:
             return self._long_segments(fused, bounds)
         desk = Desk(fused.sizes, fused.turns, fused.qk_floors, most_tokens())
-        longs: list[Any] = [None] * len(bounds)
-        if not in_pieces(fused):
-            longs = self._long_segments(fused, bounds)
+        most, longs = longest(fused), self._long_segments(fused, bounds)
+        if in_pieces(fused):
+            longs = [None] * len(bounds)
         return [
-            CompiledSegment(compiled, *each, desk, longest(fused), long)
+            CompiledSegment(compiled, *each, desk, most, long)
             for each, long in zip(bounds, longs, strict=True)
         ]
 

@@ -175,9 +175,8 @@ def longest(model: FusedModel) -> int:
     which are float32. But what waits in front of a segment, or of two, has to be computed as it is
     one by one.
     """
-    dtype = model.decoder.dtype
-    sooner = model.narrow and dtype == torch.bfloat16 and not in_pieces(model)
-    return 1 + 2 * QUEUE_CAP if sooner else most_tokens()
+    narrow = model.narrow and model.decoder.dtype == torch.bfloat16
+    return 1 + 2 * QUEUE_CAP if narrow and not in_pieces(model) else most_tokens()
 
 
 def in_pieces(model: FusedModel) -> bool:
