@@ -207,10 +207,20 @@ def export(
     options.something_to_export(exit_layer, with_generate)
     loaded, tokenizer = options.load_model(paths[0] if len(paths) == 2 else None)
     from .exporting import export as write
+    from .settings import state
 
     said = {"tokenizer": tokenizer, "with_generate": with_generate, "force": force}
-    ui.text(str(write(loaded, paths[-1], exit_layer, **said)))
-    ui.note("read back and compared: its logits equal the model's, bit for bit.")
+    out = write(loaded, paths[-1], exit_layer, **said)
+    ui.text(str(out))
+    decodes = ", and it decodes by its own generate" if with_generate else ""
+    ui.note(f"read back and compared: its logits equal the model's, bit for bit{decodes}.")
+    wrapped = state(loaded)
+    if with_generate and exit_layer not in (None, wrapped.n_layers):
+        below = ", ".join(str(e) for e in wrapped.exit_layers if e < exit_layer) or "none"
+        ui.note(
+            f"--exit-layer {exit_layer} and --with-generate: a sub-model with the exits below "
+            f"({below}) and no calibration, which is the whole model's. Run `calibrate run {out}`."
+        )
 
 
 def _show_comparison(name: str, found: dict[str, Any]) -> None:

@@ -4,11 +4,14 @@ Exported checkpoints outlive releases: the name and signature of `generate` stay
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
 from . import calibration as artefact
+from . import exit_readouts
+from . import gate as gates
 from .generate import AdaptiveMixin
 from .wrapping import wrap
 
@@ -18,7 +21,8 @@ def generate(
 ) -> Any:
     """Do `model.generate(...)` with `adaptive=True`, unless the caller or the checkpoint says.
 
-    The model is wrapped on its first call, with the calibration that lies where it was loaded from.
+    The model is wrapped on its first call, with what lies where it was loaded from: calibration,
+    gate, and readouts of exits.
 
     Args:
         inputs: as transformers' `generate` takes it.
@@ -28,7 +32,7 @@ def generate(
         **kwargs: keywords of transformers' `generate` and of ours.
     """
     if not isinstance(model, AdaptiveMixin):
-        wrap(model, calibration=_calibration(model.name_or_path))
+        _wrap(model)
     said = [kwargs.get("adaptive")]
     said += [getattr(c, "adaptive", None) for c in (generation_config, model.generation_config)]
     if all(value is None for value in said):
@@ -41,12 +45,25 @@ def generate(
     return stock.generate(model, inputs, generation_config, *args, **kwargs)
 
 
-def _calibration(name: str) -> artefact.Calibration | None:
-    """The artefact in a checkpoint directory or hub repository, if there is one."""
-    if not name:
+def _wrap(model: Any) -> None:
+    """Wrap a model with all that its checkpoint says of its exits."""
+    readouts = _file(model, exit_readouts.FILE)
+    if readouts is not None and not hasattr(model, exit_readouts.NAME):
+        learning = [parameter.requires_grad for parameter in model.parameters()]
+        own = list(model.parameters())
+        exit_readouts.load_readouts(model, readouts.parent)
+        for parameter, wanted in zip(own, learning, strict=True):  # generating freezes nothing
+            parameter.requires_grad_(wanted)
+    _file(model, gates.FILE_NAME)  # of a repository, so that it lies beside the calibration
+    wrap(model, calibration=_file(model, artefact.FILE_NAME))
+
+
+def _file(model: Any, name: str) -> Path | None:
+    """A file of the checkpoint directory or hub repository of a model, if it is there."""
+    if not model.name_or_path:
         return None
     try:
-        path = cached_file(name, artefact.FILE_NAME)
+        path = cached_file(model.name_or_path, name)
     except (OSError, ValueError):
         return None
-    return artefact.load(path) if path is not None else None
+    return None if path is None else Path(path)

@@ -8,6 +8,7 @@ values of its own, and every KV policy works unchanged. They lie beside the mode
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,16 @@ def as_the_model_s(model: Any, exit_layer: int) -> dict[str, Tensor]:
     }
 
 
-def save_readouts(model: Any, folder: Path) -> None:
-    """Write the readouts into `folder`, if the model has any."""
+def save_readouts(model: Any, folder: Path, below: float = math.inf) -> None:
+    """Write the readouts of the exits below the exit layer `below` into `folder`, if any are."""
     from safetensors.torch import save_file
 
     if not hasattr(model, NAME):
         return
     state = getattr(model, NAME).state_dict()
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / FILE)
+    kept = {k: v.contiguous() for k, v in state.items() if int(k.split(".")[0]) < below}
+    if kept:
+        save_file(kept, folder / FILE)
 
 
 def load_readouts(model: Any, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`export`: a sub-model, or the whole model, as a plain checkpoint that any engine can load.
 
-What is written is read back and compared with the model it came from, bit for bit, and only then
-moved to its place, whole.
+What is written is read back and compared with the model it came from, bit for bit, decodes if it
+brings its own `generate`, and only then is moved to its place, whole.
 """
 
 import json
@@ -11,14 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import calibration as artefact
 from . import exit_readouts, exits
 from .decoder import Decoder
 from .errors import ModelError, OptionError, OutputError
 from .export_card import write_card
+from .export_check import check_equal, check_generates
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, state
 
@@ -42,12 +40,13 @@ def export(
 
     Args:
         model: a causal LM, wrapped or not, with all its weights in memory.
-        out_dir: must not exist, be empty, or hold an earlier export and nothing else.
+        out_dir: must not exist, be empty, or hold an earlier export, unchanged, and nothing else.
         exit_layer: layers to keep, 1..n_layers; None is the whole model, with its exits and its
             calibration.
         tokenizer: goes along; default: the one that lies where the model was loaded from, if any.
         with_generate: add `custom_generate/generate.py`, with which plain transformers and
-            `transformers serve` decode adaptively where adaptive_gen is installed.
+            `transformers serve` decode adaptively where adaptive_gen is installed. A sub-model then
+            has the exits below `exit_layer`, and no calibration: that is the whole model's.
         force: replace any other checkpoint in `out_dir` too.
 
     Returns:
@@ -56,7 +55,7 @@ def export(
     Raises:
         OptionError: no such exit layer, or nothing to do.
         ModelError: the model cannot be cut off there: quantised, adapted, partly offloaded, or the
-            layers depend on how many there are.
+            layers depend on how many there are; or it could not decode by its own `generate`.
         OutputError: `out_dir` is taken or cannot be written.
     """
     if exit_layer is None and not with_generate:
@@ -73,6 +72,7 @@ def export(
     if source is not None and source.is_dir() and out.resolve() == source.resolve():
         raise OutputError(f"{out} is what the model was loaded from; name another directory.")
     _check_free(out, force)
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder: what is moved within a file system appears whole or not at all.
@@ -80,8 +80,10 @@ def export(
             made = Path(name) / "checkpoint"
             made.mkdir()
             _save(model, decoder, layers, made, with_exits=exit_layer is None or with_generate)
-            _check_equal(model, decoder, layers, made)
             _save_company(model, tokenizer, layers, made, with_generate=with_generate)
+            loaded = check_equal(model, decoder, layers, made)
+            if with_generate:
+                check_generates(_state_of(model), loaded, tokenizer)
             _mark(model, layers, decoder.n_layers, made)
             _move(made, out)
     except OSError as error:
@@ -135,6 +137,12 @@ def _check_free(out: Path, force: bool) -> None:
             f"{out} holds {added[0]}, which no export wrote. Move it away, or replace all of "
             "the directory with --force (force=True)."
         )
+    marked = (out / MARKER).stat().st_mtime_ns
+    if changed := sorted(name for name in found if (out / name).stat().st_mtime_ns > marked):
+        raise OutputError(
+            f"{out} holds {changed[0]}, which was changed after it was exported. Move it away, or "
+            "replace all of the directory with --force (force=True)."
+        )
 
 
 def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: bool) -> None:
@@ -157,8 +165,8 @@ def _save(model: Any, decoder: Decoder, layers: int, made: Path, with_exits: boo
         _text_part(config).pop("exit_layers", None)
     if "head" in exit_readouts.own_of(model, layers):
         _text_part(config)["tie_word_embeddings"] = config["tie_word_embeddings"] = False
-    if with_exits and layers == decoder.n_layers:
-        exit_readouts.save_readouts(model, made)
+    if with_exits:
+        exit_readouts.save_readouts(model, made, below=layers)
     depth = decoder.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     _cut_config(_text_part(config), depth, layers, decoder.n_layers)
     type(model.config).from_dict(config).save_pretrained(made)
@@ -197,59 +205,19 @@ def _cut_config(config: dict[str, Any], depth: str, layers: int, n_layers: int) 
                 config[name] = value[:layers]
 
 
-@torch.no_grad()
-def _check_equal(model: Any, decoder: Decoder, layers: int, made: Path) -> None:
-    """Load what was written and compare its logits with the model's at that depth: 64 tokens.
-
-    Raises:
-        ModelError: they differ in any bit, or the checkpoint cannot be loaded.
-    """
-    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, AdaptiveMixin))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(decoder.config.vocab_size, (1, 64), generator=generator).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        loaded: Any = stock.from_pretrained(  # type: ignore[reportAttributeAccessIssue]
-            made, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
-        cut = loaded.to(model.device).eval()(input_ids=ids, use_cache=False).logits
-        whole = _exit_logits(model, decoder, ids, layers)
-    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise ModelError(
-            f"{decoder.name} cannot be cut off after {layers} layers ({type(error).__name__}: "
-            f"{error}). Use it whole."
-        ) from error
-    finally:
-        model.train(was_training)
-    if not torch.equal(cut, whole):
-        difference = float((cut.float() - whole.float()).abs().max())
-        raise ModelError(
-            f"{decoder.name} cut off after {layers} layers differs from its own exit there by "
-            f"{difference:.2g} in the logits: its layers depend on how many there are, or it was "
-            "cast after loading. Load it with from_pretrained(..., dtype=...), or use it whole."
-        )
-
-
-def _exit_logits(model: Any, decoder: Decoder, ids: Tensor, layers: int) -> Tensor:
-    """What transformers' own forward has after `layers` layers, read out: [1, time, vocab]."""
-    whole = layers == decoder.n_layers
-    out = model(input_ids=ids, use_cache=False, output_hidden_states=not whole)
-    return out.logits if whole else decoder.readout(out.hidden_states[layers], layers)
-
-
 def _save_company(
     model: Any, tokenizer: Any, layers: int, made: Path, *, with_generate: bool
 ) -> None:
-    """Tokenizer, calibration, licence, shim and card."""
+    """Tokenizer, calibration with its gate, licence, shim and card."""
     source = Path(model.name_or_path) if model.name_or_path else None
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(made)
     wrapped = _state_of(model)
     calibration = wrapped.calibration if wrapped is not None else None
-    if calibration is not None and layers == calibration.n_layers:
+    if wrapped is not None and calibration is not None and layers == calibration.n_layers:
         artefact.save(calibration, made)
+        if wrapped.gate is not None:
+            wrapped.gate.save(made)
     if source is not None and source.is_dir():
         for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
             for file in source.glob(pattern):

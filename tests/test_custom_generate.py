@@ -15,8 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import adaptive_gen
-from adaptive_gen.calibration import Calibration, ConfidenceMap, OperatingPoint
+from adaptive_gen.calibration import Calibration, ConfidenceMap, OperatingPoint, save
+from adaptive_gen.errors import ModelError
+from adaptive_gen.exit_readouts import add_readouts
 from adaptive_gen.exporting import SHIM
+from adaptive_gen.gate import Gate
 
 CONNECT = socket.socket.connect  # before the fixture that forbids connections replaces it
 IDS = torch.arange(40, 52)[None]
@@ -73,6 +76,68 @@ def test_plain_transformers_decodes_it_as_load_does(exported, trusted):
         assert torch.equal(out.exit_layers, expected.exit_layers)
     out = trusted.generate(PROMPT["input_ids"], **SETTINGS)  # by position too
     assert torch.equal(out.exit_layers, expected.exit_layers)
+
+
+@pytest.fixture
+def gated(tiny_llama, byte_tokenizer, tmp_path):
+    """A model whose calibration chose a gate, as loaded from the directory `calibrate` wrote."""
+    place = tmp_path / "gated"
+    tiny_llama(layers=4, eos_token_id=None).save_pretrained(place)
+    byte_tokenizer.save_pretrained(place)
+    curve = ConfidenceMap(raw=(0.0, 1.0), chance=(0.0, 1.0))
+    points = (OperatingPoint(0.5, (2, 4), 2.0, 2.0, agreement=0.9, tokens=100),)
+    save(Calibration(4, "gate", "recompute", {"gate": {2: curve}}, points, 0, {}, {}), place)
+    Gate({2: torch.randn(32)}, {2: torch.tensor(0.0)}).save(place)
+    return adaptive_gen.load(place)[0]
+
+
+def test_a_gate_goes_along_and_decides(gated, tmp_path):
+    out = adaptive_gen.export(gated, tmp_path / "whole", with_generate=True)
+    trusted = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    expected = gated.generate(**PROMPT, **SETTINGS, adaptive=True)
+    assert len(expected.report.exit_histogram) > 1
+    found = trusted.generate(**PROMPT, **SETTINGS)
+    assert torch.equal(found.exit_layers, expected.exit_layers)
+    assert torch.equal(found.confidences.nan_to_num(), expected.confidences.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "missing, says",
+    [("gate.Gate.save", "needs a trained gate"), ("calibration.save", "another calibration")],
+)
+def test_a_checkpoint_that_does_not_decode_as_the_model_does_is_not_left(
+    gated, tmp_path, monkeypatch, missing, says
+):
+    monkeypatch.setattr(f"adaptive_gen.{missing}", lambda *_: None)
+    with pytest.raises(ModelError, match=says):
+        adaptive_gen.export(gated, tmp_path / "whole", with_generate=True)
+    assert not (tmp_path / "whole").exists()
+
+
+def test_exporting_draws_no_random_numbers_and_says_nothing(gated, tmp_path, caplog):
+    gated.generation_config.do_sample = True
+    before = torch.get_rng_state()
+    adaptive_gen.export(gated, tmp_path / "whole", with_generate=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("layers", [4, 3])
+def test_exits_are_read_out_through_what_they_have_of_their_own(tiny_llama, tmp_path, layers):
+    model = tiny_llama(layers=4, eos_token_id=None)
+    add_readouts(model, [1, 3, 4], "norm")
+    for parameter in model.exit_readouts.parameters():
+        parameter.data += torch.randn(parameter.shape)
+    out = adaptive_gen.export(model, tmp_path / "whole", layers, with_generate=True)
+    trusted = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    found = trusted.generate(**PROMPT, **SETTINGS, threshold={1: 0.0})
+    assert found.exit_layers[0, 1:].unique().tolist() == [1]
+    assert torch.equal(trusted.exit_readouts["1"]["norm"].weight, norm_of(model, 1))
+    assert trusted.model.norm.weight.requires_grad  # generating freezes nothing
+
+
+def norm_of(model, exit_layer):
+    return model.exit_readouts[str(exit_layer)]["norm"].weight
 
 
 def test_load_and_untrusting_transformers_decode_at_full_depth_unasked(exported):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import families
 import pytest
@@ -169,7 +170,7 @@ def test_a_model_whose_layers_depend_on_their_number_is_refused(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["_save", "_check_equal", "_save_company", "_mark"])
+@pytest.mark.parametrize("moment", ["_save", "check_equal", "_save_company", "_mark"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failed_export_leaves_nothing_and_an_earlier_one_whole(
     moment, failure, tmp_path, monkeypatch, tiny_llama
@@ -219,6 +220,12 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path, tiny_llama):
         adaptive_gen.export(model, out, exit_layer=1)
     adaptive_gen.export(model, out, exit_layer=1, force=True)
     assert "notes.txt" not in files(out)
+
+    later = (out / "adaptive_gen_export.json").stat().st_mtime + 1
+    (out / "config.json").write_text((out / "config.json").read_text() + "\n")
+    os.utime(out / "config.json", (later, later))
+    with pytest.raises(OutputError, match=r"config.json, which was changed after it was exported"):
+        adaptive_gen.export(model, out, exit_layer=1)
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path, tiny_llama):
@@ -282,6 +289,11 @@ def test_the_command_writes_a_sub_model(tmp_path, monkeypatch, capsys, tiny_llam
     assert (code, out) == (0, f"{tmp_path / 'sub'}\n")
     assert "equal the model's, bit for bit" in err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sub").config.num_hidden_layers == 2
+    code, out, err = run(
+        tmp_path / "whole", tmp_path / "both", "--exit-layer", 3, "--with-generate"
+    )
+    assert "decodes by its own generate" in err
+    assert "a sub-model with the exits below (1, 2) and no calibration" in err
     for words, says in [
         ([tmp_path / "sub"], "nothing says what to export"),
         (["a", "b", "c", "--exit-layer", 2], "'c' is one name too many"),
