@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 
 from .errors import OptionError
 from .resume import AdaptiveCache
+from .settings import FIELDS
 
 _TEXTS = "it decodes each text by itself, greedily or by sampling"
 _DRAFTS = "its own exits propose tokens when lossless=True asks for that"
@@ -65,7 +66,8 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
 
     Raises:
         OptionError: `adaptive` is asked for, and so is something of `REFUSED`; or it is not, and
-            the cache of an adaptive generation is given.
+            the cache of an adaptive generation is given; or nothing is said of it, and a keyword of
+            ours is given.
     """
     bound = _SIGNATURE.bind_partial(model, *args, **kwargs)
     arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
@@ -76,6 +78,11 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
         values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
 
+    if asked("adaptive") is None and (ours := [f for f in FIELDS if _given(arguments.get(f))]):
+        raise OptionError(
+            f"{', '.join(ours)} would do nothing without adaptive=True; add that, or leave "
+            f"{'it' if len(ours) == 1 else 'them'} out."
+        )
     if not asked("adaptive"):
         if isinstance(arguments.get("past_key_values"), AdaptiveCache):
             raise OptionError(

@@ -9,9 +9,11 @@ import test_generation_cases
 import torch
 from test_batches import padded
 from test_generation_cases import DICT, SAMPLED
+from transformers import GenerationConfig
 
 import adaptive_gen
 from adaptive_gen.errors import OptionError
+from adaptive_gen.settings import FIELDS
 
 BEAMS = {"num_beams": 2}
 GROUPS = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}
@@ -93,3 +95,40 @@ def test_the_page_lists_every_case():
     for name in DIFFERENT:
         expected[name] = "differs"
     assert dict(rows) == expected and len(rows) == len(expected)
+
+
+OURS = {
+    "threshold": 0.0,  # which equals False, and is an answer
+    "target_speedup": 1.5,
+    "confidence": "margin",
+    "kv": "foo",
+    "lossless": True,
+    "audit": True,
+    "audit_floor": 0.9,
+    "prefill": "lazy",
+    "schedule": "lockstep",
+    "exit_layers": [2],
+    "policy": object(),
+}
+
+
+def test_keywords_of_ours_are_refused_by_name_without_adaptive():
+    assert set(OURS) == set(FIELDS) - {"adaptive"}
+    assert not set(FIELDS) & {*vars(GenerationConfig()), *vars(GenerationConfig)}
+    model = adaptive_gen.wrap(families.make("llama"), exit_layers=[2, 4])
+    for name, value in OURS.items():
+        with pytest.raises(OptionError, match=rf"^{name} would do nothing without adaptive=True"):
+            model.generate(**padded([5]), max_new_tokens=2, **{name: value})
+    with pytest.raises(OptionError, match=r"^threshold, kv would do nothing.*leave them out\.$"):
+        model.generate(**padded([5]), threshold=0.3, kv="foo")
+
+
+def test_what_is_not_given_or_switched_off_is_transformers_own():
+    model = families.make("llama")
+    expected = model.generate(**padded([5]), max_new_tokens=4)
+    adaptive_gen.wrap(model, exit_layers=[2, 4])
+    empty = dict.fromkeys(OURS) | {"lossless": False, "audit": False}
+    model.generation_config.threshold = 0.0  # a standing wish, for when adaptive is asked for
+    for keywords in (empty, {"adaptive": False, **OURS}):
+        found = model.generate(**padded([5]), max_new_tokens=4, **keywords)
+        assert torch.equal(found, expected)
