@@ -15,11 +15,14 @@ log = logging.getLogger("adaptive_gen")
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Say what takes so long, should this be the first time on a machine that code is run."""
+    """Say what takes so long, should this installation run code of this kind for the first time."""
     told = threading.Timer(
         PATIENCE_S,
         log.warning,
-        ["compiling decoding kernels for this CPU: it takes up to a minute, once on a machine."],
+        [
+            "compiling decoding kernels for this CPU: up to a minute, once per installation and "
+            "kind of kernel."
+        ],
     )
     told.daemon = True
     told.start()
