@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration, OperatingPoint
     from .errors import AdaptiveGenError
     from .exporting import export
+    from .loading import load
     from .losses import sorted_loss
     from .policy import (
         AllOf,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     )
     from .report import AdaptiveOutput, Audit, Report
     from .streaming import Chunk, stream
-    from .wrapping import load, wrap
+    from .wrapping import wrap
 
 __version__ = "0.1.0"
 
@@ -53,7 +54,7 @@ _HOME = {
     "Report": "report",
     "ThresholdPolicy": "policy",
     "export": "exporting",
-    "load": "wrapping",
+    "load": "loading",
     "sorted_loss": "losses",
     "stream": "streaming",
     "wrap": "wrapping",

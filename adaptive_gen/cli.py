@@ -133,7 +133,7 @@ def info(
     as_json: options.Json = False,
 ) -> None:
     """Show a model's layers, exits and calibration."""
-    loaded, _ = options.load_model(model, calibration=calibration)
+    loaded, _ = options.load_model(model, to_generate=False, calibration=calibration)
     from .description import describe
 
     facts = describe(loaded)
@@ -300,10 +300,10 @@ def _calibrated_speedup(
     lossless: bool = False,
     audit: bool = False,
 ) -> float | None:
-    """What `calibrate` measured for the operating point in use, if one is, as it was measured."""
+    """What `calibrate` measured of the operating point in use, if one is, and of what runs here."""
     from .settings import state
 
-    calibration = state(model).calibration
+    calibration = state(model).calibration if state(model).measured_here else None
     if calibration is None or threshold is not None or lossless or audit:
         return None
     if target_speedup is None:

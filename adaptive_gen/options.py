@@ -156,7 +156,7 @@ def no_model(prompt: str) -> None:
         )
 
 
-def weights_of(weights: str) -> dict[str, str]:
+def weights_of(weights: str) -> dict[str, Any]:
     """What a model's weights are read as, as a keyword of `load`.
 
     Raises:
@@ -173,8 +173,8 @@ def at_least_one(option: str, value: int | None) -> None:
         raise OptionError(f"{option} {value} is out of range; give 1 or more.")
 
 
-def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
-    """The wrapped model and its tokenizer; see `adaptive_gen.load`.
+def load_model(model: str | None, to_generate: bool = True, **keywords: Any) -> tuple[Any, Any]:
+    """The wrapped model and its tokenizer; see `loading.load`, or `look` unless it will generate.
 
     It goes on a GPU where there is one. For a small model on a CPU torch gets one thread, with
     which it is quickest, unless OMP_NUM_THREADS says otherwise; compiled products keep theirs.
@@ -183,7 +183,7 @@ def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .engine import team
-    from .wrapping import load
+    from .loading import load, look
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -192,7 +192,7 @@ def load_model(model: str | None, **keywords: Any) -> tuple[Any, Any]:
         # Of several processes each has a GPU of its own.
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         placed["device_map"] = "auto" if alone else {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    loaded, tokenizer = load(model, **placed, **keywords)
+    loaded, tokenizer = (load if to_generate else look)(model, **placed, **keywords)
     small = loaded.config.get_text_config().hidden_size <= SMALL
     if loaded.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         team.allow(team.threads())

@@ -55,6 +55,7 @@ class State:
     calibration: Calibration | None = None
     queue_cap: int = QUEUE_CAP
     gate: Gate | None = None
+    measured_here: bool = True  # whether the calibration's figures are of what runs here
     told: set[str] = field(default_factory=set)
 
     @property

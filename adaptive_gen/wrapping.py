@@ -1,12 +1,10 @@
-"""`wrap` and `load`: a transformers model learns `generate(adaptive=True, ...)`."""
+"""`wrap`: a transformers model learns `generate(adaptive=True, ...)`."""
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from . import calibration as artefact
 from . import exits
@@ -16,7 +14,6 @@ from .decoder import Decoder, probe
 from .engine.backend import Backend
 from .engine.rules import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
-from .exit_readouts import load_readouts
 from .gate import Gate
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, attach, state
@@ -55,9 +52,9 @@ def wrap(
             copy; float32 and float64), "module" calls the model's own layers. "auto" keeps to the
             one the calibration was made on; without one it takes the first of these that can run
             the model with 4 GiB of copies, and "compiled" only if a trial finds it no slower than
-            the next. Both use torch's threads. The first process on a machine compiles, under a
-            minute once. "graphs" captures Llama-shaped layers in CUDA graphs, "static" is the same
-            without capturing, on any device.
+            the next. Both use torch's threads. The first process of an installation compiles, under
+            a minute once for each kind of kernel. "graphs" captures Llama-shaped layers in CUDA
+            graphs, "static" is the same without capturing, on any device.
         weights: "own", or "int8": `compiled` and `fused` read weights rounded to 8 bits, faster and
             not quite the same model (the README says by how much). The model's own weights stay as
             they are; they may be in half precision, and hidden states are then float32.
@@ -70,11 +67,32 @@ def wrap(
         OptionError: an exit layer that does not exist.
         CalibrationError: a calibration that cannot be read or is another model's.
     """
+    given, model = model, _under_adapters(model)
+    found = examined(model, exit_layers, calibration, queue_cap, engine, weights)
+    # Prepares the weights now: the first token need not wait for it.
+    found.backend.segments(found.exit_layers)
+    attach(model, found)
+    compare_fingerprint(model, artefact.fingerprint(model, found.backend.name))
+    _teach(model)
+    return given
+
+
+def examined(
+    model: Any,
+    exit_layers: Iterable[int] | None,
+    calibration: artefact.Calibration | str | os.PathLike[str] | None,
+    queue_cap: int = QUEUE_CAP,
+    engine: str = "auto",
+    weights: str = "own",
+) -> State:
+    """What `wrap` will store on a model that no adapters hide, before any weights are prepared.
+
+    For arguments and errors see `wrap`.
+    """
     if queue_cap < 1:
         raise OptionError(
             f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
         )
-    given, model = model, _under_adapters(model)
     if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
         raise ModelError(
             f"{type(model).__name__} has no generate(); adaptive depth needs a transformers causal "
@@ -98,12 +116,7 @@ def wrap(
     probe(model, decoder)
     made_on = {} if calibration is None else calibration.fingerprint
     backend = Backend(decoder, engine, weights, measured_on=made_on.get("engine", ""))
-    backend.segments(normalised)  # prepares the weights now: the first token need not wait for it
-    attach(model, State(decoder, backend, normalised, calibration, queue_cap, gate))
-    if calibration is not None:
-        _compare_fingerprint(model)
-    _teach(model)
-    return given
+    return State(decoder, backend, normalised, calibration, queue_cap, gate)
 
 
 def _teach(model: Any) -> None:
@@ -144,31 +157,33 @@ def _check_fit(calibration: artefact.Calibration, n_layers: int) -> None:
         )
 
 
-def _compare_fingerprint(model: Any, tokenizer: Any = None) -> None:
+def compare_fingerprint(model: Any, here: Mapping[str, Any]) -> None:
     """Say, once, what the calibration was made on if that is not what it is used on.
 
     Generation works all the same, but whatever was certified is so no longer.
+
+    Args:
+        model: wrapped.
+        here: what it is used on, as much as is known; see `artefact.fingerprint`.
     """
     wrapped = state(model)
     calibration = wrapped.calibration
     if calibration is None:
         return
     made = calibration.fingerprint
-    if tokenizer is None:
-        here = artefact.fingerprint(model, wrapped.backend.name)
-        if wrapped.gate is not None and calibration.confidence == GATE:
-            here["gate"] = wrapped.gate.digest
-    else:
-        here = {"tokenizer": artefact.tokenizer_hash(tokenizer)}
+    if "model" in here and wrapped.gate is not None and calibration.confidence == GATE:
+        here = {**here, "gate": wrapped.gate.digest}
     differing = artefact.differences(made, here)
     if differing:
         withdrawn = "its certificate is withdrawn and " if calibration.certified else ""
         wrapped.calibration = calibration.without_certificates()
+        wrapped.measured_here = False
+        named = [f"another {key}{_both(key, made, here)}" for key in differing]
         wrapped.tell_once(
-            f"the calibration was made on another {' and '.join(differing)}: {withdrawn}its "
-            "agreement and speed are not promised here. Run `calibrate run` to have them measured."
+            f"the calibration was made on {' and '.join(named)}: {withdrawn}its agreement and "
+            "speed are not promised here. Run `calibrate run` to have them measured."
         )
-    elif calibration.certified and tokenizer is None and _decodes_otherwise(model, calibration):
+    elif calibration.certified and _decodes_otherwise(model, calibration):
         wrapped.calibration = calibration.without_certificates()
         wrapped.tell_once(
             f"the calibration is certified for greedy decoding with kv={calibration.kv}, and this "
@@ -177,64 +192,12 @@ def _compare_fingerprint(model: Any, tokenizer: Any = None) -> None:
         )
 
 
+def _both(key: str, made: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs, where it has a name that says something: the others are hashes."""
+    return f" ({made[key]}, not {here[key]})" if key in ("dtype", "device", "engine") else ""
+
+
 def _decodes_otherwise(model: Any, calibration: artefact.Calibration) -> bool:
     config = model.generation_config
     kv = getattr(config, "kv", None)
     return bool(config.do_sample) or kv not in (None, calibration.kv)
-
-
-def load(
-    path: str | os.PathLike[str] | None = None,
-    exit_layers: Iterable[int] | None = None,
-    calibration: str | os.PathLike[str] | Literal[False] | None = None,
-    engine: str = "auto",
-    weights: str = "own",
-    **kwargs: Any,
-) -> tuple[Any, Any]:
-    """Load and wrap a model with its tokenizer.
-
-    Args:
-        path: a checkpoint directory or hub id; None is the built-in model.
-        exit_layers: see `wrap`.
-        calibration: path of an artefact; default `calibration.json` in the checkpoint directory;
-            False is none.
-        engine: see `wrap`.
-        weights: see `wrap`.
-        **kwargs: for `AutoModelForCausalLM.from_pretrained`: dtype, device_map, ...
-
-    Returns:
-        (model, tokenizer)
-
-    Raises:
-        ModelError: there is no causal LM and tokenizer there.
-        CalibrationError, OptionError: see `wrap`.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if path is None:
-        path = BUILTIN
-        if not torch.cuda.is_available():
-            kwargs.setdefault("dtype", torch.float32)  # stored in 16 bits, which CPUs are slow in
-    directory = Path(path)
-    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if not directory.is_dir() and looks_local:
-        raise ModelError(
-            f"there is no model directory {directory}. Give one that holds config.json, weights "
-            "and a tokenizer, or leave it out for the built-in model."
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        load_readouts(model, directory)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{path} cannot be loaded as a causal LM with its tokenizer: {reason[0]} "
-            "Give a directory saved with save_pretrained."
-        ) from error
-    if calibration is None and (directory / artefact.FILE_NAME).is_file():
-        calibration = directory
-    wrap(model, exit_layers, calibration or None, engine=engine, weights=weights)
-    _compare_fingerprint(model, tokenizer)
-    return model, tokenizer

@@ -320,3 +320,25 @@ def test_debug_shows_the_traceback(run, tmp_path, monkeypatch):
 
 def test_version(run):
     assert re.fullmatch(r"adaptive-gen \d+\.\d+\.\d+\n", run("--version").out)
+
+
+def test_info_compiles_nothing(run, calibrated, monkeypatch):
+    monkeypatch.setattr("adaptive_gen.engine.machine_code.kernel", None)
+    monkeypatch.setattr("adaptive_gen.engine.backend.Backend.segments", None)
+    assert run("info", calibrated).code == 0
+
+
+def test_what_was_calibrated_on_another_engine_is_not_shown_as_if_it_held_here(
+    run, calibrated, caplog
+):
+    file = calibrated / "calibration.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "fingerprint": {"engine": "compiled"}}))
+    words = ("generate", "say:", "-m", calibrated)
+    assert run(*words).err.endswith("wall_speedup 1.50x (calibrated)\n")
+    assert not caplog.messages
+    assert run(*words, "--weights", "int8").err.endswith("layer_speedup 1.60x\n")
+    assert "made on another engine (compiled, not compiled-int8)" in caplog.text
+    caplog.clear()
+    assert run("info", calibrated).code == 0
+    assert not caplog.messages

@@ -6,8 +6,8 @@ from transformers import BertConfig, BertModel
 
 import adaptive_gen
 from adaptive_gen.errors import ModelError, OptionError
+from adaptive_gen.loading import load
 from adaptive_gen.settings import state
-from adaptive_gen.wrapping import load
 
 
 def test_readouts_are_the_logits_of_truncated_models(tiny_llama):
