@@ -99,6 +99,11 @@ class AdaptiveMixin(_CausalLM):
             None if handover else streamer,
             _past(model_kwargs, len(lengths)),
         )
+        if self.training:
+            state(self).tell_once(
+                "the model is in training mode: its own layers run, dropout included; call "
+                "model.eval() before generate."
+            )
         if state(self).backend.widens:
             state(self).tell_once(_widened(state(self).decoder.dtype))
         if handover:

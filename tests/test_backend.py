@@ -45,6 +45,30 @@ def test_insisting_on_fused_says_why_it_cannot_be_had():
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [{"engine": "compiled"}, {"engine": "fused"}, {"engine": "static"}, {"weights": "int8"}],
+)
+def test_a_family_that_a_back_end_does_not_know_is_named_in_one_plain_line(asked):
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*\(GPT2Block\).*Llama's") as caught:
+        adaptive_gen.wrap(families.make("gpt2"), **asked)
+    text = str(caught.value)
+    assert "Error" not in text and "object" not in text
+    assert "\n" not in text and text.count("GPT2Block") == 1
+
+
+@pytest.mark.parametrize("engine", ["auto", "compiled", "fused", "module"])
+def test_in_training_mode_eval_is_what_the_user_is_told(tiny_llama, engine, caplog):
+    model = adaptive_gen.wrap(tiny_llama(), engine=engine).train()
+    if engine in ("compiled", "fused"):
+        with pytest.raises(ModelError, match=r"training mode, which model.eval\(\) ends"):
+            report(model)
+        assert "model.eval()" not in caplog.text
+    else:
+        report(model)
+        assert "model.eval()" in caplog.text
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"hidden_act": "gelu"},

@@ -1,7 +1,7 @@
 """Which back end runs a model's segments, and what reads them out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -276,11 +276,16 @@ class Backend:
         common = self._prepared.unfit()
         if common:
             return "module", common
-        reasons = []
+        reasons: dict[str, list[str]] = {}
         for name in tried:
             reason = self._prepared.unfit_for(name)
             if not reason:
                 kept = "the calibration was made on it" if name == self._kept else ""
-                return name, kept or "; ".join(reasons)
-            reasons.append(reason if len(tried) == 1 else f"not {name}, because {reason}")
-        return "module", "; ".join(reasons)
+                return name, kept or _told(reasons)
+            reasons.setdefault(reason, []).append(name)
+        return "module", _told(reasons) if len(tried) > 1 else next(iter(reasons))
+
+
+def _told(reasons: Mapping[str, Sequence[str]]) -> str:
+    """Why back ends cannot be had: reason -> their names."""
+    return "; ".join(f"not {' or '.join(names)}, because {why}" for why, names in reasons.items())

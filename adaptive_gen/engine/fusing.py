@@ -19,7 +19,7 @@ from ..decoder import Decoder
 from .cache import KVCache, side_by_side
 from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, Traits, normed
 from .int8 import Int8Matrix
-from .layer_parts import LayerParts, Unfit, eps_of, floor_of, gain
+from .layer_parts import LayerParts, Unfit, eps_of, floor_of, gain, other_layers
 from .narrow import BITS, NarrowMatrix
 from .turns import Turns, rotation_of
 from .workspace import Sizes, Workspace
@@ -84,8 +84,7 @@ def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
     except Unfit:
         raise
     except Exception as error:  # whatever it is: the modules can run what they are made for
-        kind = type(error).__name__
-        raise Unfit(f"its layers are of another shape ({kind}: {error})") from None
+        raise other_layers(layers[0], error) from None
     return model
 
 

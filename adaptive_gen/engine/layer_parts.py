@@ -30,6 +30,16 @@ class Unfit(Exception):
     """Why a model cannot be run by a back end; the message is for the user."""
 
 
+def other_layers(layer: Any, error: Exception) -> Unfit:
+    """What a user is told of a layer that a back end does not know, as `error` has shown."""
+    # A part that is missing is what being of another kind means; all else is worth naming.
+    shown = "" if isinstance(error, AttributeError) else f" ({type(error).__name__}: {error})"
+    return Unfit(
+        f"its layers ({type(layer).__name__}) are not built like those computed there, such as "
+        f"Llama's or Qwen's{shown}"
+    )
+
+
 @dataclass(frozen=True)
 class LayerParts:
     """One layer's weights, [out, in] each and as the module has them, and what is done between.

@@ -90,7 +90,7 @@ class Prepared:
         """Why nothing but the modules can run the model as it is now; empty if something may."""
         layers = self._decoder.layers
         if layers.training:
-            return "the model is in training mode"
+            return "the model is in training mode, which model.eval() ends"
         self._parameters, hooks = _within(layers)
         if hooks:
             return "hooks on its layers would not be called"

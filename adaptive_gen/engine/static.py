@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..decoder import Decoder
 from ..kernels.operations import Operations
 from ..kernels.plan import Heads
-from .layer_parts import Unfit
+from .layer_parts import Unfit, other_layers
 from .positions import SLIDING
 from .slab import Slab, Workspace
 
@@ -90,7 +90,7 @@ def build(decoder: Decoder, operations: Operations) -> StaticModel:
             [_layer(decoder, i, layer) for i, layer in enumerate(layers)], heads, operations
         )
     except AttributeError as error:
-        raise Unfit(f"its layers are of another shape ({error})") from None
+        raise other_layers(layers[0], error) from None
 
 
 def _layer(decoder: Decoder, index: int, layer: Any) -> StaticLayer:
