@@ -1,5 +1,6 @@
 """The `adaptive-gen` command as its user meets it: transcripts, JSON, one line for each mistake."""
 
+import importlib
 import io
 import json
 import re
@@ -303,12 +304,38 @@ def test_bench_needs_a_round(run, model):
     assert_one_line(run("bench", model, "--rounds", 0), "--rounds 0")
 
 
-@pytest.mark.parametrize("words", [["--threshold", "high"], ["--nonsense"]])
-def test_a_misspelt_option_is_a_short_plain_message(run, words):
-    shown = run("chat", *words)
-    assert shown.code == 2
-    assert words[0] in shown.err.splitlines()[-1]
-    assert len(shown.err.splitlines()) <= 4 and "Traceback" not in shown.err
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["chat", "--threshold", "high"], "'--threshold'"),
+        (["chat", "--nonsense"], "--nonsense"),
+        (["generate", "say:", "--lossles"], "--lossless"),
+        (["info", "one", "two"], "(two)"),
+        (["export"], "[MODEL] OUT"),
+        (["talk"], "'talk'"),
+        (["chat", "--threshold"], "'--threshold'"),
+    ],
+)
+def test_words_that_mean_nothing_are_one_line_that_names_the_help(run, words, says):
+    shown = run(*words)
+    assert_one_line(shown, says)
+    assert re.search(r"See `adaptive-gen( \w+)? --help`.$", shown.err)
+
+
+@pytest.mark.parametrize("program", ["calibrate", "train"])
+def test_the_other_commands_say_so_too(monkeypatch, capsys, program):
+    main = importlib.import_module(f"adaptive_gen.{program}.cli").main
+    monkeypatch.setattr(sys, "argv", ["program", "--nonsense"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "--nonsense" in err and err.endswith("--help`.\n") and err.count("\n") == 1
+
+
+def test_no_words_at_all_are_answered_with_the_help(run):
+    shown = run()
+    assert shown.code == 2 and shown.err.startswith("Usage: ") and "chat" in shown.err
 
 
 def test_debug_shows_the_traceback(run, tmp_path, monkeypatch):
