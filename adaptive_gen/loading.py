@@ -57,10 +57,12 @@ def look(
     can. For arguments and errors see `load`.
     """
     model, tokenizer = _read(path, kwargs)
-    attach(model, examined(model, None, _found(path, calibration)))
-    here = artefact.fingerprint(model, tokenizer=tokenizer)
-    del here["engine"]
-    compare_fingerprint(model, here)
+    found = examined(model, None, _found(path, calibration))
+    attach(model, found)
+    if found.calibration is not None:
+        here = artefact.fingerprint(model, tokenizer=tokenizer)
+        del here["engine"]
+        compare_fingerprint(model, here)
     return model, tokenizer
 
 
@@ -81,12 +83,18 @@ def _read(path: PathLike | None, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         path = BUILTIN
         if not torch.cuda.is_available():
             kwargs.setdefault("dtype", torch.float32)  # stored in 16 bits, which CPUs are slow in
+    if not isinstance(path, str | os.PathLike):
+        raise ModelError(
+            f"load() takes a directory or a hub id, and got {type(path).__name__}; wrap() takes a "
+            "model that is loaded already."
+        )
     directory = Path(path)
     looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if not directory.is_dir() and looks_local:
+    if not str(path) or (not directory.is_dir() and looks_local):
         raise ModelError(
-            f"there is no model directory {directory}. Give one that holds config.json, weights "
-            "and a tokenizer, or leave it out for the built-in model."
+            f"there is no model directory {str(path)!r}. Give one that holds config.json, weights "
+            "and a tokenizer, a hub id of the form owner/name, or leave it out for the built-in "
+            "model."
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
