@@ -217,9 +217,15 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         path = path / FILE_NAME
     try:
         document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"there is no {path}. Give a calibration.json, or the model directory that holds one; "
+            "`calibrate run MODEL` makes it."
+        ) from None
     except OSError as error:
         raise CalibrationError(
-            f"cannot read {path}: {error.strerror}. Run `calibrate run` to make it."
+            f"cannot read {path}: {error.strerror}. Give a calibration.json that you may read, or "
+            "the model directory that holds one."
         ) from None
     except ValueError:
         raise CalibrationError(
