@@ -97,7 +97,7 @@ def generate(
     prompt = _read_pipe() if prompt is None else prompt
     if not prompt:
         raise OptionError("the prompt is empty; give it at least one word.")
-    options.no_model(prompt)
+    options.prompt_is_no_model(prompt)
     loaded, tokenizer = options.load_model(model, calibration=calibration, **read)
     if not as_json:
         reply = _reply(loaded, tokenizer, prompt, depth, decoding)
@@ -205,6 +205,8 @@ def export(
     if len(paths) > 2:
         raise OptionError(f"{paths[2]!r} is one name too many; give [MODEL] OUT.")
     options.something_to_export(exit_layer, with_generate)
+    if len(paths) == 1:
+        options.out_is_no_model(paths[0])
     loaded, tokenizer = options.load_model(paths[0] if len(paths) == 2 else None)
     from .exporting import export as write
     from .settings import state

@@ -97,14 +97,15 @@ class Confidences:
         Raises:
             OptionError: an unknown measure, or "gate" without one.
         """
-        if measure != GATE and measure not in MEASURES:
+        if not isinstance(measure, str) or measure not in (*MEASURES, GATE):
             raise OptionError(
                 f"confidence={measure!r} is unknown; use one of {', '.join([*MEASURES, GATE])}."
             )
         if measure == GATE and gate is None:
             raise OptionError(
-                "confidence='gate' needs a trained gate and this model's calibration has none; "
-                "run `calibrate run --confidence gate`, or use another measure."
+                "confidence='gate' needs a trained gate and there is none beside this model's "
+                "calibration; run `calibrate run --confidence gate`, give wrap() or --calibration "
+                "the directory with calibration.json and gate.safetensors, or use another measure."
             )
         self.measure, self.maps, self.gate = measure, maps or {}, gate
 

@@ -20,8 +20,13 @@ def normalise(exit_layers: Iterable[int], n_layers: int) -> tuple[int, ...]:
         Ascending exit layers; the last is `n_layers`.
 
     Raises:
-        OptionError: a value is not a whole number in 1..n_layers.
+        OptionError: it is no list, or a value is not a whole number in 1..n_layers.
     """
+    if isinstance(exit_layers, str) or not isinstance(exit_layers, Iterable):
+        raise OptionError(
+            f"exit_layers={exit_layers!r} is no list of layers. Give whole numbers from 1 to "
+            f"{n_layers} in one, such as [{max(1, n_layers // 2)}]."
+        )
     chosen = list(exit_layers)
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= n_layers:

@@ -17,10 +17,10 @@ from .decoder import Decoder
 from .errors import ModelError, OptionError, OutputError
 from .export_card import write_card
 from .export_check import check_equal, check_generates
+from .files import EXPORTED
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, state
 
-MARKER = "adaptive_gen_export.json"
 SHIM = Path(__file__).with_name("checkpoint_generate.py")
 
 
@@ -62,6 +62,11 @@ def export(
         raise OptionError(
             "nothing says what to export; give exit_layer=N for a sub-model, or with_generate=True "
             "for the whole model."
+        )
+    if not hasattr(model, "generation_config"):
+        raise ModelError(
+            f"export() takes a loaded causal LM, and got {type(model).__name__}; "
+            "adaptive_gen.load() gives one."
         )
     decoder = Decoder(model)
     layers = decoder.n_layers if exit_layer is None else exit_layer
@@ -126,18 +131,18 @@ def _check_free(out: Path, force: bool) -> None:
             "directory."
         )
     try:
-        written = set(json.loads((out / MARKER).read_text(encoding="utf-8"))["files"])
+        written = set(json.loads((out / EXPORTED).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise OutputError(
             f"{out} is not empty and no earlier export. Name another directory, or replace the "
             "checkpoint in it with --force (force=True)."
         ) from None
-    if added := sorted(found - written - {MARKER}):
+    if added := sorted(found - written - {EXPORTED}):
         raise OutputError(
             f"{out} holds {added[0]}, which no export wrote. Move it away, or replace all of "
             "the directory with --force (force=True)."
         )
-    marked = (out / MARKER).stat().st_mtime_ns
+    marked = (out / EXPORTED).stat().st_mtime_ns
     if changed := sorted(name for name in found if (out / name).stat().st_mtime_ns > marked):
         raise OutputError(
             f"{out} holds {changed[0]}, which was changed after it was exported. Move it away, or "
@@ -253,7 +258,7 @@ def _mark(model: Any, layers: int, n_layers: int, made: Path) -> None:
         "model": artefact.fingerprint(model)["model"],  # of the whole model's weights
         "files": files,
     }
-    (made / MARKER).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (made / EXPORTED).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _move(made: Path, out: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from .errors import OutputError
 
+EXPORTED = "adaptive_gen_export.json"  # lies in exported checkpoints and lists their files
+
 
 @contextmanager
 def whole(path: Path, option: str, mode: str = "w") -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import OptionError
+from .files import EXPORTED
 
 # Rows this narrow are multiplied sooner than threads meet: with a core busy elsewhere, two threads
 # took three to seven times as long as one.
@@ -140,7 +141,7 @@ def something_to_export(exit_layer: int | None, with_generate: bool) -> None:
         )
 
 
-def no_model(prompt: str) -> None:
+def prompt_is_no_model(prompt: str) -> None:
     """Raise `OptionError` for a prompt that is a model directory.
 
     Other commands take the model first; here it would be continued, by the built-in model.
@@ -153,6 +154,19 @@ def no_model(prompt: str) -> None:
         raise OptionError(
             f"{prompt} is a model directory and stands where the prompt belongs; write "
             f'`adaptive-gen generate "..." --model {prompt}`.'
+        )
+
+
+def out_is_no_model(out: str) -> None:
+    """Raise `OptionError` if the only name given to export, OUT, is a model that nobody exported.
+
+    Who means it as MODEL would have it replaced, with --force, by a part of the built-in one.
+    """
+    found = Path(out)
+    if (found / "config.json").exists() and not (found / EXPORTED).exists():
+        raise OptionError(
+            f"{out} is a model, and the one name given is OUT. To export it give two: "
+            f"`adaptive-gen export {out} OUT`; to export {BUILT_IN}, name another directory."
         )
 
 

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
@@ -16,7 +17,7 @@ from transformers.generation.logits_process import (
 
 from .errors import OptionError
 from .resume import AdaptiveCache
-from .settings import FIELDS
+from .settings import FIELDS, check_switch
 
 _TEXTS = "it decodes each text by itself, greedily or by sampling"
 _DRAFTS = "its own exits propose tokens when lossless=True asks for that"
@@ -65,7 +66,8 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse, by name, arguments of `model.generate` that adaptive decoding cannot honour.
 
     Raises:
-        OptionError: `adaptive` is asked for, and so is something of `REFUSED`; or it is not, and
+        OptionError: `adaptive` is asked for, and so is something of `REFUSED`, or the prompt is no
+            tensor of token ids; or it is not, and
             the cache of an adaptive generation is given; or nothing is said of it, and a keyword of
             ours is given.
     """
@@ -90,6 +92,9 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
                 "adaptive=True, or leave past_key_values out."
             )
         return
+    check_switch("adaptive", asked("adaptive"))
+    for name in ("inputs", "input_ids"):
+        _check_ids(arguments.get(name), arguments.get("attention_mask"))
     for name, (asks, reason) in REFUSED.items():
         if asks(value := asked(name)):
             shown = f"{name}={value!r}" if isinstance(value, bool | int | float | str) else name
@@ -97,6 +102,27 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
                 f"adaptive=True cannot honour {shown}: {reason}. Leave that out, or leave adaptive "
                 "out."
             )
+
+
+def _check_ids(ids: Any, mask: Any) -> None:
+    if ids is None:
+        return
+    if isinstance(ids, Tensor):
+        if ids.dim() == 2 and not ids.is_floating_point() and not ids.is_complex():
+            # transformers would lengthen one that is too short.
+            if isinstance(mask, Tensor) and mask.shape != ids.shape:
+                raise OptionError(
+                    f"attention_mask is {list(mask.shape)} and the prompt {list(ids.shape)}; give "
+                    "one 0 or 1 for each token."
+                )
+            return
+        came = f"a {list(ids.shape)} tensor of {str(ids.dtype).removeprefix('torch.')}"
+    else:
+        came = type(ids).__name__
+    raise OptionError(
+        f"the prompt is {came}; give token ids [batch, time], as "
+        "generate(**tokenizer(text, return_tensors='pt'), ...) does."
+    )
 
 
 def check_processors(processors: Any, once: bool) -> None:

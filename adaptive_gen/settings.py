@@ -5,6 +5,7 @@ saves them; here they are checked and completed from the calibration.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,7 @@ FIELDS = (
     "exit_layers",
     "policy",
 )
+SWITCHES = ("adaptive", "lossless", "audit")
 _ATTRIBUTE = "_adaptive_gen_state"
 # Runs of the first segment between the turns of the deeper ones, by schedule.
 SCHEDULES = {"stepwise": 1, "lockstep": 4}
@@ -120,6 +122,8 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
         Unreachable: `target_speedup` beyond every operating point.
     """
     given = {name: getattr(config, name, None) for name in FIELDS}
+    for name in SWITCHES:
+        check_switch(name, given[name])
     if sum(given[name] is not None for name in ("threshold", "target_speedup", "policy")) > 1:
         raise OptionError(
             "threshold, target_speedup and policy each decide when to exit; give one of them."
@@ -223,10 +227,10 @@ def _audit_floor(value: Any) -> float | None:
 
 
 def _check_policy(policy: Any, layers: tuple[int, ...]) -> None:
-    if not isinstance(policy, ExitPolicy):
+    if isinstance(policy, type) or not isinstance(policy, ExitPolicy):
         raise OptionError(
-            f"policy={policy!r} is no exit policy: it needs the methods may_exit(exit_layer, "
-            "position) and should_exit(check)."
+            f"policy={policy!r} is no exit policy: give an object, such as Patience(2), with the "
+            "methods may_exit(exit_layer, position) and should_exit(check)."
         )
     if isinstance(policy, FixedExit) and policy.exit_layer not in layers:
         raise OptionError(
@@ -241,7 +245,8 @@ def _operating_point(
     """The calibrated point in force: the one asked for by speed, or the default if nothing is."""
     target = given["target_speedup"]
     if target is not None:
-        if not isinstance(target, int | float) or isinstance(target, bool) or not target >= 1:
+        number = isinstance(target, int | float) and not isinstance(target, bool)
+        if not number or not 1 <= target < math.inf:
             raise OptionError(
                 f"target_speedup={target!r} is not a number of 1 or more, such as 1.5."
             )
@@ -295,6 +300,15 @@ def _per_exit(thresholds: Mapping[Any, Any], layers: tuple[int, ...]) -> dict[in
             )
         by_layer[layer] = check_threshold(value)
     return by_layer
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise `OptionError` unless a keyword that is either on or off is just that, or not said.
+
+    A word such as "no" would count as on.
+    """
+    if value is not None and value not in (True, False):
+        raise OptionError(f"{name}={value!r} is neither True nor False; give one of them.")
 
 
 def check_threshold(value: Any) -> float:

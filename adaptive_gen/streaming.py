@@ -8,6 +8,7 @@ from .errors import OptionError
 from .generate import LoopHandover
 from .report import Report
 from .resume import AdaptiveCache
+from .settings import state
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -101,8 +102,11 @@ def stream(model: Any, tokenizer: Any, prompt: Prompt, **kwargs: Any) -> Stream:
         An iterator of `Chunk` with a live `report`; it may be dropped at any token.
 
     Raises:
-        OptionError: an empty prompt, a chat without a template, or a keyword out of range.
+        ModelError: `model` is not wrapped.
+        OptionError: a prompt that is empty or none, a chat without a template, or a keyword out of
+            range.
     """
+    state(model)  # transformers would only say that it knows no adaptive
     return Stream(
         model.generate(
             **encode(tokenizer, prompt, model.device),
@@ -114,7 +118,12 @@ def stream(model: Any, tokenizer: Any, prompt: Prompt, **kwargs: Any) -> Stream:
 
 
 def encode(tokenizer: Any, prompt: Prompt, device: Any) -> dict[str, Any]:
-    """A prompt as the keywords `generate` takes: input_ids and attention_mask, [1, time] each."""
+    """A prompt as the keywords `generate` takes: input_ids and attention_mask, [1, time] each.
+
+    Raises:
+        OptionError: it is neither a text nor messages, cannot be read, or is empty.
+    """
+    _check(prompt)
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
     elif tokenizer.chat_template is None:
@@ -128,3 +137,24 @@ def encode(tokenizer: Any, prompt: Prompt, device: Any) -> dict[str, Any]:
     if inputs["input_ids"].shape[1] == 0:
         raise OptionError("the prompt is empty; give it at least one word.")
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def _check(prompt: Any) -> None:
+    texts = [prompt]
+    if not isinstance(prompt, str):
+        listed = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
+        messages: list[Any] = list(prompt) if listed else [prompt]
+        if not listed or not all(isinstance(message, Mapping) for message in messages):
+            raise OptionError(
+                f"the prompt is {type(prompt).__name__}; give one text, or chat messages such as "
+                '[{"role": "user", "content": "Hi"}]. Several texts go to generate().'
+            )
+        texts = [message.get("content") for message in messages]
+    try:
+        for text in texts:
+            str(text).encode()
+    except UnicodeEncodeError:
+        # Other bytes of a pipe or an argument arrive with surrogates in their places.
+        raise OptionError(
+            "the prompt is not UTF-8 text; convert it first, such as with iconv."
+        ) from None

@@ -67,12 +67,18 @@ def wrap(
         OptionError: an exit layer that does not exist.
         CalibrationError: a calibration that cannot be read or is another model's.
     """
+    if isinstance(model, str | os.PathLike):
+        raise ModelError(
+            f"wrap() takes a model that is loaded, and got {str(model)!r}; adaptive_gen.load() "
+            "takes its directory or hub id."
+        )
     given, model = model, _under_adapters(model)
     found = examined(model, exit_layers, calibration, queue_cap, engine, weights)
     # Prepares the weights now: the first token need not wait for it.
     found.backend.segments(found.exit_layers)
     attach(model, found)
-    compare_fingerprint(model, artefact.fingerprint(model, found.backend.name))
+    if found.calibration is not None:  # weights are read for it, which may lie on a disk
+        compare_fingerprint(model, artefact.fingerprint(model, found.backend.name))
     _teach(model)
     return given
 
@@ -89,9 +95,10 @@ def examined(
 
     For arguments and errors see `wrap`.
     """
-    if queue_cap < 1:
+    if isinstance(queue_cap, bool) or not isinstance(queue_cap, int) or queue_cap < 1:
         raise OptionError(
-            f"queue_cap={queue_cap} leaves no room for a waiting token; give 1 or more."
+            f"queue_cap={queue_cap!r} is no number of tokens that may wait; give 1 or more, such "
+            f"as {QUEUE_CAP}."
         )
     if not hasattr(model, "_sample") or not hasattr(model, "generation_config"):
         raise ModelError(
@@ -105,6 +112,11 @@ def examined(
     if isinstance(calibration, str | os.PathLike):
         gate = _gate_beside(Path(calibration))
         calibration = artefact.load(calibration)
+    if calibration is not None and not isinstance(calibration, artefact.Calibration):
+        raise CalibrationError(
+            f"calibration={calibration!r} is none; give the path of a calibration.json, of the "
+            "directory that holds one, or what adaptive_gen.calibration.load makes of it."
+        )
     if calibration is not None:
         _check_fit(calibration, decoder.n_layers)
     if exit_layers is None and calibration is not None:

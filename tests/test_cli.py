@@ -369,3 +369,19 @@ def test_what_was_calibrated_on_another_engine_is_not_shown_as_if_it_held_here(
     caplog.clear()
     assert run("info", calibrated).code == 0
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_pipe_that_is_not_utf_8(run, model, command):
+    words = ("chat", model) if command == "chat" else ("generate", "-m", model)
+    assert_one_line(run(*words, stdin="\udcff\udcfe\n"), "not UTF-8", "iconv")
+
+
+def test_a_hub_id_without_an_owner(run):
+    assert_one_line(run("info", "gpt2"), "'gpt2'", "owner/name")
+
+
+def test_export_with_a_model_in_the_place_of_out(run, model):
+    shown = run("export", model, "--exit-layer", 2, "--force")
+    assert_one_line(shown, "the one name given is OUT", f"adaptive-gen export {model} OUT")
+    assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 4
