@@ -82,11 +82,13 @@ def check_generates(exported: State | None, loaded: Any, tokenizer: Any) -> None
     """
     vocab = loaded.config.get_text_config().vocab_size
     ids = torch.arange(8, device=loaded.device)[None] % vocab
+    # Without a mask transformers takes a padding token for padding.
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     more = {} if tokenizer is None else {"tokenizer": tokenizer}
     silent, log.disabled = log.disabled, True  # what there is to say was said of the model
     try:
         with torch.random.fork_rng([loaded.device] if loaded.device.type == "cuda" else []):
-            generate(ids, model=loaded, max_new_tokens=NEW_TOKENS, adaptive=True, **more)
+            generate(**prompt, model=loaded, max_new_tokens=NEW_TOKENS, adaptive=True, **more)
     except ValueError as error:
         raise ModelError(f"the exported checkpoint could not generate: {error}") from error
     finally:
