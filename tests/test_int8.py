@@ -32,6 +32,14 @@ def test_a_column_of_zeros_stays_zero():
     assert (Int8Matrix.of(torch.zeros(16, 16)).float() == 0).all()
 
 
+@pytest.mark.parametrize("inner", [4, 8, 12, 20, 260])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_product_reads_nothing_behind_a_matrix_of_any_width(inner, rows):
+    """torch's kernel does: it crashes there, or takes what it finds for numbers."""
+    matrix, x = Int8Matrix.of(torch.randn(inner, 40)), torch.randn(rows, inner).bfloat16()
+    torch.testing.assert_close(matrix(x).float(), x.float() @ matrix.float(), rtol=0.02, atol=0.1)
+
+
 @torch.no_grad()
 def test_it_computes_the_model_with_rounded_weights(tiny_llama):
     """Up to bfloat16, in which the activations enter each product."""

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .fused import FusedReadout, Layer
 
 _STEPS = 127
+_TOGETHER = 8  # numbers of a row that torch's kernel reads at a time, also where fewer are left
 COLUMNS = 4096  # that are rounded at a time, so that a large head is not copied several times
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 
@@ -39,7 +41,10 @@ class Int8Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows [n, in] -> [n, out] bfloat16."""
-        return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.steps, self.scale)
+        x, steps, missing = x.bfloat16(), self.steps, -self.steps.shape[1] % _TOGETHER
+        if missing:  # what it would read is not ours
+            x, steps = F.pad(x, (0, missing)), F.pad(steps, (0, missing))
+        return torch.ops.aten._weight_int8pack_mm(x, steps, self.scale)
 
     def float(self) -> Tensor:
         """The [in, out] matrix that this stands for, float32."""
