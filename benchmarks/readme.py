@@ -51,6 +51,8 @@ ROWS = (
     "full_depth",
     "adaptive",
     "lossless",
+    "int8_full_depth",
+    "int8_adaptive",
 )
 
 
