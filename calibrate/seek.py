@@ -5,6 +5,7 @@ never beside another that may be chosen as well and, as measured, is no worse in
 agreement and better in one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -20,6 +21,8 @@ from .verify import Measured
 
 POINTS = 7  # operating points along the front, besides the ones tried for the target
 TRIES = 6  # settings judged before the target counts as out of reach
+FURTHER = 3  # judged beyond one that met a disagreement
+STEP = 1.01  # how much faster those are predicted to be at least
 
 
 class Measuring(Protocol):
@@ -58,7 +61,10 @@ def choose(
     chosen, tried = seek(front, target, start, arena)
     if chosen is None:
         raise Unreachable(_unreachable(target, [*cheap, *tried]))
-    chosen, rivals = settle(chosen, cheap, target, arena)
+    if not target.by_speed:
+        tried += bolder(front, chosen, [*cheap, *tried], target, arena)
+    met = [m for m in tried if target.met(m)]
+    chosen, rivals = settle(met, cheap, target, arena)
     return chosen, together([*tried, *rivals], cheap)
 
 
@@ -84,18 +90,18 @@ def choose_certified(
     allowed = [certified[i] for i in spread(certified, POINTS, len(certified) - 1)]
     cheap = arena.look([*shown, *(c for c in allowed if c not in shown)])
     first = arena.judge(allowed[-1])
-    chosen, rivals = settle(first, cheap, target, arena, lambda c: c in certified)
+    chosen, rivals = settle([first], cheap, target, arena, lambda c: c in certified)
     return chosen, together([first, *rivals], cheap)
 
 
 def settle(
-    first: Measured,
+    met: Sequence[Measured],
     cheap: Sequence[Measured],
     target: Target,
     arena: Measuring,
     allowed: Callable[[Candidate], bool] = lambda _: True,
 ) -> tuple[Measured, list[Measured]]:
-    """The best of a point that meets the target and all its rivals, each measured as well as it.
+    """The best of points that meet the target and all their rivals, each measured as well as they.
 
     A rival is a point that met the target in its cheap measurement and looked as good, see
     `_rivals`. It is taken only if it still meets the target on every prompt. For a disagreement or
@@ -104,7 +110,7 @@ def settle(
     carries a promise is limited by `allowed`, see `choose_certified`.
 
     Args:
-        first: meets the target, measured well.
+        met: meet the target, measured well; at least one.
         cheap: points measured cheaply.
         target: what to meet.
         arena: where to measure.
@@ -113,10 +119,10 @@ def settle(
     Returns:
         The best point, and the rivals measured well.
     """
-    good, rivals = [first], []
+    good, rivals = [*met], []
     while True:
         best = _best(good, target)
-        known = [first.candidate, *(m.candidate for m in rivals)]
+        known = [m.candidate for m in (*met, *rivals)]
         look = [
             m
             for m in cheap
@@ -216,6 +222,53 @@ def seek(
         # None looks good enough: the end of the front is the last that could be.
         index = next(hopeful, (rest[-1] if rest else -1))
     return None, tried
+
+
+def bolder(
+    ordered: Sequence[Candidate],
+    met: Measured,
+    known: Sequence[Measured],
+    target: Target,
+    arena: Measuring,
+) -> list[Measured]:
+    """Measure settings that should be faster than one that met the target, and still meet it.
+
+    The way back from misses is made in long steps, and what it ends at may keep more than is asked
+    for. What lies between a point that met the target and one that missed it is halved; without a
+    miss the fastest is tried that meets the target if it is off as the last that did.
+
+    Args:
+        ordered: the front, slowest first.
+        met: the one that met the target.
+        known: all measured so far, those not worth another look among them.
+        target: a disagreement.
+        arena: where to measure.
+
+    Returns:
+        The points measured, whether or not they met it.
+    """
+    best, found = met, list[Measured]()
+    while len(found) < FURTHER:
+        every, least = [*known, *found], best.candidate.speedup
+        gap = best.agreement - best.candidate.agreement
+        misses = [m.candidate.speedup for m in every if not target.met(m)]
+        bound = min((speedup for speedup in misses if speedup > least), default=math.inf)
+        hopeful = [
+            c
+            for c in ordered
+            if STEP * least <= c.speedup < bound
+            and c not in [m.candidate for m in every]
+            and target.met(corrected(c, 1.0, gap))
+        ]
+        if not hopeful:
+            break
+        middle = (least + bound) / 2
+        candidate = min(hopeful, key=lambda c: abs(c.speedup - min(middle, hopeful[-1].speedup)))
+        note(f"measuring {candidate} as well: it should be faster than {best.candidate}")
+        found.append(arena.judge(candidate, target))
+        if target.met(found[-1]):
+            best = found[-1]
+    return found
 
 
 def _unreachable(target: Target, measured: Sequence[Measured]) -> str:

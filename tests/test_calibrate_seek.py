@@ -7,7 +7,7 @@ import pytest
 
 from adaptive_gen.calibrate import search
 from adaptive_gen.calibrate.search import Candidate
-from adaptive_gen.calibrate.seek import choose, choose_certified, seek, settle
+from adaptive_gen.calibrate.seek import FURTHER, choose, choose_certified, seek, settle
 from adaptive_gen.calibrate.target import Target
 from adaptive_gen.calibrate.verify import Measured, missed
 from adaptive_gen.errors import Unreachable
@@ -120,29 +120,57 @@ class Tried:
 FAITHFUL, FAST = Target("disagreement", 0.03), Target("speedup", 1.1)
 
 
+class Uneven(Machine):
+    """The last of the settings agree less than predicted, the others as predicted."""
+
+    def judge(self, candidate, target=None):
+        worse = 0.05 if candidate.speedup > 1.4 else 0.0
+        return replace(super().judge(candidate), agreement=candidate.agreement - worse)
+
+    def look(self, found):
+        return [Machine().judge(c) for c in found[:1]]
+
+
+def test_agreement_to_spare_behind_a_miss_is_made_speed_of():
+    arena, target = Uneven(), Target("disagreement", 0.1)
+    chosen, points = choose(long_front(), target, arena)
+    assert arena.judged[0].speedup == pytest.approx(1.5, abs=0.03), "predicted to meet it"
+    assert arena.judged[1].speedup == pytest.approx(1.25, abs=0.03), "if all are as far off"
+    assert chosen.candidate.speedup == pytest.approx(1.4, abs=0.03)
+    assert {m.candidate for m in points} >= set(arena.judged)
+    assert len(arena.judged) <= 2 + FURTHER
+
+
+def test_where_speed_is_asked_for_agreement_is_not_given_away():
+    chosen, tried = measured(1.19, 0.99, 1.2), measured(1.3, 0.98, 1.3)
+    front = [chosen.candidate, tried.candidate]
+    arena = Tried(chosen, tried)
+    assert choose(front, FAST, arena)[0] is chosen and tried.candidate not in arena.judged
+
+
 @pytest.mark.parametrize("target", [FAITHFUL, FAST, Target("risk", 0.1)])
 def test_the_chosen_point_is_not_beside_one_that_beats_it_in_speed_and_agreement(target):
     chosen, better = measured(1.19, 0.982, 1.3), measured(1.20, 0.989, 1.2)
-    found, rivals = settle(chosen, [chosen, better], target, Tried(better))
+    found, rivals = settle([chosen], [chosen, better], target, Tried(better))
     assert found is better and rivals == [better]
 
 
 def test_a_rival_is_taken_only_if_it_stands_on_all_prompts():
     chosen, at_first = measured(1.19, 0.982, 1.3), measured(1.25, 0.975, 1.4)
     for then in (replace(at_first, agreement=0.96), replace(at_first, speedup=1.15)):
-        found, rivals = settle(chosen, [at_first], FAITHFUL, Tried(then))
+        found, rivals = settle([chosen], [at_first], FAITHFUL, Tried(then))
         assert found is chosen and rivals == [then]
 
 
 def test_speeds_that_noise_cannot_tell_apart_leave_the_choice_to_agreement():
     chosen = measured(1.19, 0.989, 1.2, noise=0.03)
     near, far = measured(1.21, 0.975, 1.3, noise=0.03), measured(1.29, 0.975, 1.4, noise=0.03)
-    assert settle(chosen, [near], FAITHFUL, Tried(near))[0] is chosen
-    assert settle(chosen, [near, far], FAITHFUL, Tried(near, far))[0] is far
+    assert settle([chosen], [near], FAITHFUL, Tried(near))[0] is chosen
+    assert settle([chosen], [near, far], FAITHFUL, Tried(near, far))[0] is far
     faithful = measured(1.17, 0.999, 1.1, noise=0.03)
-    assert settle(chosen, [faithful], FAITHFUL, Tried(faithful))[0] is faithful
+    assert settle([chosen], [faithful], FAITHFUL, Tried(faithful))[0] is faithful
     unsure, sure = measured(1.22, 0.98, 1.2, noise=0.07), measured(1.16, 0.99, 1.1, noise=0.04)
-    assert settle(unsure, [sure], FAITHFUL, Tried(sure))[0] is unsure, "1.22 is beyond 1.20"
+    assert settle([unsure], [sure], FAITHFUL, Tried(sure))[0] is unsure, "1.22 is beyond 1.20"
 
 
 @pytest.mark.parametrize("target", [FAITHFUL, FAST])
@@ -150,7 +178,7 @@ def test_what_misses_the_target_or_serves_it_worse_is_not_measured_again(target)
     chosen = measured(1.2, 0.98)
     slow, other = measured(1.05, 0.975, 1.1), measured(1.3, 0.9, 1.7)
     arena = Tried(slow, other)
-    assert settle(chosen, [slow, other], target, arena) == (chosen, [])
+    assert settle([chosen], [slow, other], target, arena) == (chosen, [])
     assert arena.judged == []
 
 
