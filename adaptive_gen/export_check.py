@@ -78,7 +78,7 @@ def check_generates(exported: State | None, loaded: Any, tokenizer: Any) -> None
         tokenizer: for a generation config that stops at strings.
 
     Raises:
-        ModelError: it cannot, or its exits, its calibration or its gate are not the model's.
+        ModelError: it cannot, or its readouts, its calibration or its gate are not the model's.
     """
     vocab = loaded.config.get_text_config().vocab_size
     ids = torch.arange(8, device=loaded.device)[None] % vocab

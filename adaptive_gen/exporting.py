@@ -4,7 +4,6 @@ What is written is read back and compared with the model it came from, bit for b
 brings its own `generate`, and only then is moved to its place, whole.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from . import calibration as artefact
-from . import exit_readouts, exits
+from . import exit_readouts, exits, export_place
 from .decoder import Decoder
 from .errors import ModelError, OptionError, OutputError
 from .export_card import write_card
 from .export_check import check_equal, check_generates
-from .files import EXPORTED
 from .generate import AdaptiveMixin
 from .settings import FIELDS, State, state
 
@@ -76,7 +74,7 @@ def export(
     source = Path(model.name_or_path) if model.name_or_path else None
     if source is not None and source.is_dir() and out.resolve() == source.resolve():
         raise OutputError(f"{out} is what the model was loaded from; name another directory.")
-    _check_free(out, force)
+    export_place.check_free(out, force)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +87,8 @@ def export(
             loaded = check_equal(model, decoder, layers, made)
             if with_generate:
                 check_generates(_state_of(model), loaded, tokenizer)
-            _mark(model, layers, decoder.n_layers, made)
-            _move(made, out)
+            export_place.mark(made, _described(model, layers, decoder.n_layers))
+            export_place.move(made, out)
     except OSError as error:
         raise OutputError(
             f"cannot write {out}: {error.strerror or error}. Name a directory you may write to."
@@ -113,40 +111,6 @@ def _check_exportable(model: Any) -> None:
         raise ModelError(
             f"this {name} has weights outside memory; load it without device_map, or on a device "
             "that holds all of it."
-        )
-
-
-def _check_free(out: Path, force: bool) -> None:
-    """Raise `OutputError` unless nothing would be lost that an export can make again."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise OutputError(f"{out} is no directory; name one that does not exist.")
-    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir()}
-    if not found or (force and "config.json" in found):
-        return
-    if force:
-        raise OutputError(
-            f"{out} holds files and no checkpoint: nothing of that is replaced. Name another "
-            "directory."
-        )
-    try:
-        written = set(json.loads((out / EXPORTED).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise OutputError(
-            f"{out} is not empty and no earlier export. Name another directory, or replace the "
-            "checkpoint in it with --force (force=True)."
-        ) from None
-    if added := sorted(found - written - {EXPORTED}):
-        raise OutputError(
-            f"{out} holds {added[0]}, which no export wrote. Move it away, or replace all of "
-            "the directory with --force (force=True)."
-        )
-    marked = (out / EXPORTED).stat().st_mtime_ns
-    if changed := sorted(name for name in found if (out / name).stat().st_mtime_ns > marked):
-        raise OutputError(
-            f"{out} holds {changed[0]}, which was changed after it was exported. Move it away, or "
-            "replace all of the directory with --force (force=True)."
         )
 
 
@@ -244,31 +208,13 @@ def _tokenizer_of(model: Any) -> Any:
         return None
 
 
-def _mark(model: Any, layers: int, n_layers: int, made: Path) -> None:
-    """Say what this is and which files belong to it; the next export may replace just these."""
+def _described(model: Any, layers: int, n_layers: int) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
     from . import __version__
 
-    files = sorted(f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file())
-    for file in files:
-        (made / file).chmod(0o644)  # safetensors writes for its owner alone
-    document = {
+    return {
         "adaptive_gen": __version__,
         "exit_layer": layers,
         "n_layers": n_layers,
         "model": artefact.fingerprint(model)["model"],  # of the whole model's weights
-        "files": files,
     }
-    (made / EXPORTED).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _move(made: Path, out: Path) -> None:
-    """Put the finished checkpoint in its place; an earlier one goes when the new one stands."""
-    earlier = made.with_name("earlier")
-    if out.exists():
-        os.rename(out, earlier)
-    try:
-        os.rename(made, out)
-    except BaseException:
-        if earlier.exists():
-            os.rename(earlier, out)
-        raise

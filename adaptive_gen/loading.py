@@ -10,7 +10,7 @@ import torch
 from . import calibration as artefact
 from .errors import ModelError
 from .exit_readouts import load_readouts
-from .settings import attach
+from .settings import attach, state
 from .wrapping import BUILTIN, compare_fingerprint, examined, wrap
 
 PathLike = str | os.PathLike[str]
@@ -44,7 +44,8 @@ def load(
     """
     model, tokenizer = _read(path, kwargs)
     wrap(model, exit_layers, _found(path, calibration), engine=engine, weights=weights)
-    compare_fingerprint(model, {"tokenizer": artefact.tokenizer_hash(tokenizer)})
+    if state(model).calibration is not None:
+        compare_fingerprint(model, {"tokenizer": artefact.tokenizer_hash(tokenizer)})
     return model, tokenizer
 
 

@@ -67,9 +67,8 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
 
     Raises:
         OptionError: `adaptive` is asked for, and so is something of `REFUSED`, or the prompt is no
-            tensor of token ids; or it is not, and
-            the cache of an adaptive generation is given; or nothing is said of it, and a keyword of
-            ours is given.
+            tensor of token ids; or it is not, and the cache of an adaptive generation is given; or
+            nothing is said of it, and a keyword of ours is given.
     """
     bound = _SIGNATURE.bind_partial(model, *args, **kwargs)
     arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
@@ -80,7 +79,9 @@ def check_arguments(model: Any, *args: Any, **kwargs: Any) -> None:
         values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
 
-    if asked("adaptive") is None and (ours := [f for f in FIELDS if _given(arguments.get(f))]):
+    # What code of one's own reads is its affair.
+    silent = asked("adaptive") is None and arguments.get("custom_generate") is None
+    if silent and (ours := [f for f in FIELDS if _given(arguments.get(f))]):
         raise OptionError(
             f"{', '.join(ours)} would do nothing without adaptive=True; add that, or leave "
             f"{'it' if len(ours) == 1 else 'them'} out."

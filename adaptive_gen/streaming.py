@@ -106,7 +106,8 @@ def stream(model: Any, tokenizer: Any, prompt: Prompt, **kwargs: Any) -> Stream:
         OptionError: a prompt that is empty or none, a chat without a template, or a keyword out of
             range.
     """
-    state(model)  # transformers would only say that it knows no adaptive
+    if "generate" not in vars(model):  # an exported model wraps itself once it is called
+        state(model)  # transformers would only say that it knows no adaptive
     return Stream(
         model.generate(
             **encode(tokenizer, prompt, model.device),

@@ -129,15 +129,6 @@ def certified(steps: Sequence[Step], promise: Promise, prompts: int) -> list[Ste
     )
 
 
-def best(steps: Sequence[Step], promise: Promise, prompts: int) -> Step:
-    """The certified step that is predicted to be fastest.
-
-    Raises:
-        Unreachable: see `certified`.
-    """
-    return certified(steps, promise, prompts)[-1]
-
-
 def certificate(
     steps: Sequence[Step],
     chosen: Step,

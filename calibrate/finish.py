@@ -105,11 +105,11 @@ def verify_stage(
     points = [_point(m, trace.n_layers) for m in measured]
     default = measured.index(chosen)
     points[default] = dataclasses.replace(points[default], certificate=certificate)
-    gains = batches.gains(model, prompts, arena.settings(chosen.candidate), options.max_new_tokens)
-    gains = {1: chosen.speedup, **gains}
+    gains = {1: chosen.speedup}
     result = dataclasses.replace(base, points=tuple(points), default=default, batches=gains)
     store.write("evidence", evidence.gather(tokenizer, unseen, found, chosen, arena))
     worth.check_measured(result, found.target, options.least_gain)
+    gains |= batches.gains(model, prompts, arena.settings(chosen.candidate), options.max_new_tokens)
     state(model).calibration = result
     artefact.save(result, store.directory, "--work")
     return result

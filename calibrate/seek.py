@@ -60,11 +60,10 @@ def choose(
     start = pick([corrected(c, ratio / AIM, gap) for c in front], target)
     chosen, tried = seek(front, target, start, arena)
     if chosen is None:
-        raise Unreachable(_unreachable(target, [*cheap, *tried]))
+        raise Unreachable(_unreachable(target, together(tried, cheap)))
     if not target.by_speed:
         tried += bolder(front, chosen, [*cheap, *tried], target, arena)
-    met = [m for m in tried if target.met(m)]
-    chosen, rivals = settle(met, cheap, target, arena)
+    chosen, rivals = settle(tried, cheap, target, arena)
     return chosen, together([*tried, *rivals], cheap)
 
 
@@ -95,7 +94,7 @@ def choose_certified(
 
 
 def settle(
-    met: Sequence[Measured],
+    tried: Sequence[Measured],
     cheap: Sequence[Measured],
     target: Target,
     arena: Measuring,
@@ -110,7 +109,7 @@ def settle(
     carries a promise is limited by `allowed`, see `choose_certified`.
 
     Args:
-        met: meet the target, measured well; at least one.
+        tried: measured well; at least one of them meets the target.
         cheap: points measured cheaply.
         target: what to meet.
         arena: where to measure.
@@ -119,10 +118,10 @@ def settle(
     Returns:
         The best point, and the rivals measured well.
     """
-    good, rivals = [*met], []
+    good, rivals = [m for m in tried if target.met(m)], []
     while True:
         best = _best(good, target)
-        known = [m.candidate for m in (*met, *rivals)]
+        known = [m.candidate for m in (*tried, *rivals)]
         look = [
             m
             for m in cheap
@@ -161,7 +160,9 @@ def _best(good: Sequence[Measured], target: Target) -> Measured:
     best = max(good, key=lambda m: (m.agreement, m.speedup))
     if not target.by_speed:
         fastest = max(good, key=lambda m: m.speedup)
-        tied = [m for m in good if _tied(m, fastest)]
+        # A tie is no reason to be slower than full depth either, which is as faithful as can be.
+        least = min(1.0, fastest.speedup)
+        tied = [m for m in good if m.speedup >= least and _tied(m, fastest)]
         best = max(tied, key=lambda m: (m.agreement, m.speedup))
     # Ties are not transitive: what is as fast as this need not be tied with the fastest.
     as_good = [m for m in good if m.speedup >= best.speedup and m.agreement >= best.agreement]

@@ -45,16 +45,17 @@ def check(
     best = front[-1] if target.by_speed or target.kind == "risk" else front[pick(front, target)]
     if best.speedup >= (LEAST_GAIN if least is None else least):
         return
-    dial, shares = target.kind == "disagreement", []
+    shares = []
     for k, exit_layer in enumerate(trace.exit_layers[:-1]):
         _, agrees = trace.at(next(iter(trace.confidence)), k)
         shares.append(f"{agrees.mean():.0%} at exit {exit_layer}")
+    easier = f", or ask for {target.bolder}" if target.kind == "disagreement" else ""
     raise Unreachable(
         f"{ADVICE}: the best setting for {target} is predicted to run at {best.speedup:.2f}x, "
         f"give or take {cost.residual:.0%} by the error on timed runs. Full depth's token is found "
         f"for {', '.join(shares)}, and each look at an exit takes as long as "
-        f"{looks(cost, trace.n_layers)}. Train the exits further, check fewer of them "
-        f"with --exit-layers{f', or ask for {target.bolder}' if dial else ''}."
+        f"{in_words(cost, trace.n_layers)}. Train the exits further, check fewer of them "
+        f"with --exit-layers{easier}."
     )
 
 
@@ -85,7 +86,7 @@ def check_measured(found: Calibration, target: Target, least: float | None = Non
     )
 
 
-def looks(cost: Cost, n_layers: int) -> str:
+def in_words(cost: Cost, n_layers: int) -> str:
     """How long one look at an exit takes, in words.
 
     Layers that cost next to nothing beside the rest of a token cannot be told from it by the clock,

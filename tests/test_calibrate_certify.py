@@ -47,9 +47,9 @@ def test_testing_stops_at_the_first_failure_and_looks_no_further():
     steps = certify.certify([(candidate(s), 0.0) for s in (1.1, 1.2, 1.3, 1.4)], losses_of, PROMISE)
     assert looked == [1.1, 1.2, 1.3]
     assert [s.certified for s in steps] == [True, True, False]
-    assert certify.best(steps, PROMISE, 200).candidate.speedup == 1.2
+    assert certify.certified(steps, PROMISE, 200)[-1].candidate.speedup == 1.2
     with pytest.raises(Unreachable, match=r"--max-risk 0.1 cannot be certified .* 200 prompts"):
-        certify.best(steps[2:], PROMISE, 200)
+        certify.certified(steps[2:], PROMISE, 200)
 
 
 def test_too_few_prompts_are_refused_before_anything_is_tested():

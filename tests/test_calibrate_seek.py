@@ -139,6 +139,24 @@ def test_agreement_to_spare_behind_a_miss_is_made_speed_of():
     assert chosen.candidate.speedup == pytest.approx(1.4, abs=0.03)
     assert {m.candidate for m in points} >= set(arena.judged)
     assert len(arena.judged) <= 2 + FURTHER
+    assert len({m.candidate for m in points}) == len(points)
+
+
+def test_a_point_that_missed_on_all_prompts_is_not_measured_again():
+    front = [measured(1.1, 0.99, 1.1), at_first := measured(1.3, 0.975, 1.3)]
+    arena = Tried(front[0], at_first)
+    arena.judge = Tried(front[0], then := replace(at_first, agreement=0.96)).judge
+    chosen, points = choose([m.candidate for m in front], FAITHFUL, arena)
+    assert chosen is front[0]
+    assert sorted(points, key=lambda m: m.speedup) == [front[0], then]
+
+
+@pytest.mark.parametrize("target", [FAITHFUL, Target("risk", 0.1)])
+def test_a_tie_is_no_reason_to_be_slower_than_full_depth(target):
+    faster, slower = measured(1.02, 0.975, 1.1, noise=0.03), measured(0.99, 0.985, 1.0, noise=0.03)
+    assert settle([faster, slower], [], target, Tried())[0] is faster
+    both = measured(0.97, 0.99, 0.9, noise=0.03)
+    assert settle([both, slower], [], target, Tried())[0] is both, "one is as slow as the other"
 
 
 def test_where_speed_is_asked_for_agreement_is_not_given_away():
@@ -190,7 +208,7 @@ def test_of_certified_settings_the_fastest_as_measured_is_taken_and_never_anothe
     chosen, points = choose_certified(front, front[:2], Target("risk", 0.1), arena)
     assert chosen is careful
     assert arena.judged == [fast.candidate, careful.candidate]
-    assert {p.candidate for p in points} == set(front)
+    assert sorted(points, key=lambda m: m.speedup) == [fast, careful, free]
 
 
 def test_no_choice_is_beaten_by_a_point_beside_it_on_a_noisy_machine():

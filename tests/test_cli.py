@@ -350,7 +350,6 @@ def test_version(run):
 
 
 def test_info_compiles_nothing(run, calibrated, monkeypatch):
-    monkeypatch.setattr("adaptive_gen.engine.machine_code.kernel", None)
     monkeypatch.setattr("adaptive_gen.engine.backend.Backend.segments", None)
     assert run("info", calibrated).code == 0
 

@@ -179,6 +179,19 @@ def test_any_model_can_borrow_it_for_one_call(exported, tiny_llama):
     assert not hasattr(model.generate(IDS, **SETTINGS), "exit_layers")
 
 
+def test_a_wrapped_model_lends_its_keywords_to_what_it_borrows(exported, tiny_llama):
+    model = adaptive_gen.wrap(tiny_llama(layers=4, eos_token_id=None), [2])
+    borrowed = {"custom_generate": str(exported), "trust_remote_code": True}
+    out = model.generate(IDS, **SETTINGS, **borrowed, threshold=0.0)
+    assert out.exit_layers.tolist() == [[4] + [2] * 15]
+
+
+def test_it_streams_before_it_has_generated(exported, trusted):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    chunks = [*adaptive_gen.stream(trusted, tokenizer, "say:", max_new_tokens=4)]
+    assert [chunk.exit_layer for chunk in chunks] == [4, 2, 2, 2]
+
+
 def test_streamers_stop_strings_and_pipelines_work_through_it(exported, trusted):
     class Streamer:
         def __init__(self):

@@ -30,3 +30,8 @@ def test_the_table_of_our_keywords_has_all_of_them_and_the_report_is_described()
     assert set(re.findall(r"^\| `(\w+)` ", ours, re.MULTILINE)) == set(FIELDS)
     told = set(re.findall(r"`(\w+)`", ours.split("`report`: ")[1]))
     assert told == {field.name for field in dataclasses.fields(Report)}
+
+
+def test_no_figure_is_still_to_be_filled_in():
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        assert not re.search(r"@[A-Z]+@", page.read_text()), page.name

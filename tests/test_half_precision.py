@@ -222,7 +222,7 @@ def test_pieces_are_all_tokens_of_a_block_each_rows_in_order(rows, most):
     places = tuple(range(1, 2 * len(rows), 2))  # of the cache
     for named in (None, places):
         left = [[*range(start, start + count)] for start, count in rows]
-        for taken, times, piece in compiled._pieces(Span(starts, counts, named), most):
+        for taken, times, piece in compiled.pieces(Span(starts, counts, named), most):
             assert sum(piece.counts) <= most and piece.time == times.stop - times.start
             assert piece.rows == tuple(named[row] if named else row for row in taken)
             for row, start, count in zip(taken, piece.starts, piece.counts, strict=True):
@@ -236,6 +236,24 @@ def test_torch_is_slow_where_half_precision_takes_far_longer_than_float32(ratio,
     times = iter([1.0] * compiled._TRIALS + [ratio] * compiled._TRIALS)
     monkeypatch.setattr(compiled, "_timed", lambda run: (run(), next(times))[1])
     assert compiled.is_slow.__wrapped__(torch.bfloat16) == slow
+
+
+def test_rotations_that_depend_on_a_texts_length_are_those_of_the_whole_prompt(monkeypatch):
+    monkeypatch.setattr(compiled, "is_slow", lambda dtype: True)
+    model = families.make("llama_dynamic_rope", max_position_embeddings=64).to(torch.bfloat16)
+    decoder, ids = Decoder(model.eval()), torch.randint(3, 90, (1, 230))
+    (segment,) = Backend(decoder, "compiled").segments([decoder.n_layers])
+    cache, own = KVCache(decoder.n_layers), KVCache(decoder.n_layers)
+    with torch.no_grad():
+        segment.run(decoder.embed(ids).float(), cache)
+        decoder.run(decoder.embed(ids), 0, decoder.n_layers, own)
+    for ours, theirs in zip(cache.keys_values(0), own.keys_values(0), strict=True):
+        assert torch.equal(ours, theirs.float())
+
+
+def test_one_long_row_in_a_batch_is_not_cut_smaller_for_the_others():
+    span = Span((0,) * 16, (2000, *[50] * 15))
+    assert len([*compiled.pieces(span, 96)]) < 32
 
 
 def test_what_waits_is_caught_up_by_kernels_and_not_in_bfloat16(tiny_llama):

@@ -40,16 +40,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        if not isinstance(settings, dict):
-            raise TypeError
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         raise ModelError(
             f"{path} is no readable record of a training run; move it away, or restore it."
         ) from None
-    return settings
+    # Others write files of this name, too.
+    settings = found.get("settings") if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def save(

@@ -126,9 +126,8 @@ class Backend:
         if compiled is None:
             return self._long_segments(fused, bounds)
         desk = Desk(fused.sizes, fused.turns, fused.qk_floors, most_tokens())
-        most, longs = longest(fused), self._long_segments(fused, bounds)
-        if in_pieces(fused):
-            longs = [None] * len(bounds)
+        most, cut = longest(fused), in_pieces(fused)
+        longs = [None] * len(bounds) if cut else self._long_segments(fused, bounds)
         return [
             CompiledSegment(compiled, *each, desk, most, long)
             for each, long in zip(bounds, longs, strict=True)

@@ -1,7 +1,8 @@
 """The back end `compiled`: what `fused` computes, a segment in one call of compiled code.
 
-`fused` prepares the model and runs what is long, a prompt; `kernels.cpu` runs the few tokens of a
-decoding step, which is where calls between operations and products of few rows cost most.
+`fused` prepares the model; `kernels.cpu` runs the few tokens of a decoding step, which is where
+calls between operations and products of few rows cost most. What is long, a prompt, runs by
+`fused`, by the model's own layers, or by the kernels piece by piece, whichever is quick.
 
 Axes: `rows`, `time`, `hidden`, `layers`, `tokens` (of all rows, without filling).
 """
@@ -57,7 +58,7 @@ class CompiledSegment:
             if self.long is not None:
                 return self.long.run(hidden, cache, span, newest_only)
             out = hidden.clone()
-            for rows, times, piece in _pieces(span, self.desk.room):
+            for rows, times, piece in self._pieces(hidden, cache, span):
                 out[rows, times] = self.run(hidden[rows, times], cache, piece, newest_only)
             return out
         cpu = kernel("cpu")
@@ -86,7 +87,7 @@ class CompiledSegment:
         if self._is_long(span):
             if self.long is not None:
                 return self.long.store(hidden, cache, span)
-            for rows, times, piece in _pieces(span, self.desk.room):
+            for rows, times, piece in self._pieces(hidden, cache, span):
                 self.store(hidden[rows, times], cache, piece)
             return
         cpu = kernel("cpu")
@@ -105,6 +106,12 @@ class CompiledSegment:
 
     def _is_long(self, span: Span) -> bool:
         return sum(span.counts) > self.desk.room or span.time > self.longest
+
+    def _pieces(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
+        """The `pieces` of a block, for all of which there is room in the cache at once."""
+        sizes = self.model.fused.sizes
+        cache.memory(span.stop, hidden, sizes.kv_heads, sizes.head_dim)
+        return pieces(span, self.desk.room)
 
     def _begin(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
         """Lay the block out for the kernels; returns the cache's memory."""
@@ -125,24 +132,25 @@ class CompiledSegment:
         return desk.memory(kv)
 
 
-def _pieces(span: Span, most: int) -> Iterator[tuple[list[int], slice, Span]]:
+def pieces(span: Span, most: int) -> Iterator[tuple[list[int], slice, Span]]:
     """Cut a block into some of at most so many tokens, each row's in order.
 
     Yields:
         A piece's rows and times in the block, and its place in the cache.
     """
-    all_rows = range(len(span.starts))
-    for first_row in all_rows[::most]:
-        group = all_rows[first_row : first_row + most]
-        step = most // len(group)
-        for first in range(0, max(span.counts[row] for row in group), step):
-            rows = [row for row in group if span.counts[row] > first]
+    counts = span.counts
+    for first_row in range(0, len(counts), most):
+        first, rows = 0, [*range(first_row, min(first_row + most, len(counts)))]
+        while rows:
+            step = most // len(rows)
             piece = Span(
                 tuple(span.starts[row] + first for row in rows),
-                tuple(min(step, span.counts[row] - first) for row in rows),
+                tuple(min(step, counts[row] - first) for row in rows),
                 tuple(rows if span.rows is None else (span.rows[row] for row in rows)),
             )
             yield rows, slice(first, first + piece.time), piece
+            first += step
+            rows = [row for row in rows if counts[row] > first]
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,11 @@ def longest(model: FusedModel) -> int:
 
 
 def in_pieces(model: FusedModel) -> bool:
-    """Whether the kernels run many tokens of a model too: in half precision, if torch is slow."""
-    return model.narrow and is_slow(model.decoder.dtype)
+    """Whether the kernels run many tokens of a model too: in half precision, if torch is slow.
+
+    Rotations that depend on how long a text is are those of a whole prompt, and not of its pieces.
+    """
+    return model.narrow and model.turns.tabled and is_slow(model.decoder.dtype)
 
 
 @lru_cache
@@ -190,7 +201,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
     Processors without instructions for it take some eight times as long.
     """
-    weights = torch.ones(_TRIED, _TRIED)
+    weights = torch.ones(_TRIED, _TRIED, dtype=torch.float32, device="cpu")
     times = []
     for kind in (torch.float32, dtype):
         x, w = weights[:MOST_TOKENS].to(kind), weights.to(kind)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .fused import FusedReadout, Layer
 
 _STEPS = 127
-_TOGETHER = 8  # numbers of a row that torch's kernel reads at a time, also where fewer are left
+# Numbers of a row that torch's kernel reads at a time, also where fewer are left, on any processor.
+_TOGETHER = 16
 COLUMNS = 4096  # that are rounded at a time, so that a large head is not copied several times
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a `fused.Layer`
 
