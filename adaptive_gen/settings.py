@@ -102,11 +102,6 @@ class Settings:
     changed: tuple[str, ...] = ()  # our keywords that withdraw it
     unchecked: str = ""  # why no exit is checked although the calibration has some
 
-    @property
-    def kv(self) -> str:
-        """How skipped layers get their K/V."""
-        return self.rules.kv
-
 
 def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     """Check the adaptive fields of a generation config and complete them.
@@ -141,12 +136,18 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     if isinstance(policy, ThresholdPolicy | NeverExit | FixedExit):  # the same at every position
         # Layers between which nothing is asked run as one segment: each segment has its price.
         layers = tuple(e for e in layers if e == layers[-1] or policy.may_exit(e, 0))
+    rules, lossless = replace(_rules(given, state), thrifty=thrifty), bool(given["lossless"])
+    if len(layers) == 1:
+        # Nothing can leave, so nothing is drafted and nothing ever waits: what such texts would be
+        # decoded by is slower, several of them above all, and comes to the same.
+        plain = {"kv": KV_POLICIES[0], "prefill": PREFILLS[0], "read_drafts": False}
+        rules, lossless = replace(rules, **plain), False
     return Settings(
         exit_layers=layers,
         policy=policy,
         confidences=_confidences(given["confidence"], layers, state),
-        rules=replace(_rules(given, state), thrifty=thrifty),
-        lossless=bool(given["lossless"]),
+        rules=rules,
+        lossless=lossless,
         audit=bool(given["audit"]) or audit_floor is not None,
         audit_floor=audit_floor,
         certificate=certificate,

@@ -114,6 +114,19 @@ def test_a_batch_that_does_not_pay_runs_at_full_depth_unless_the_caller_decides(
     assert torch.equal(model.generate(three, **settings).sequences, full.sequences)
 
 
+@pytest.mark.parametrize("mode", [{"lossless": True}, {"kv": "propagate"}, {"prefill": "lazy"}])
+def test_a_batch_at_full_depth_is_decoded_in_stretches_in_every_mode(tiny_llama, mode, monkeypatch):
+    """Nothing leaves in it, so there are no drafts, and no keys and values to be filled in."""
+    model = adaptive_gen.wrap(tiny_llama(eos_token_id=None), calibration=make(batches=BATCHES))
+    three = torch.cat([PROMPT, PROMPT + 1, PROMPT + 2])
+    backend, made = state(model).backend, []
+    make_one = backend.stretch
+    monkeypatch.setattr(backend, "stretch", lambda *args: made.append(make_one(*args)) or made[-1])
+    out = model.generate(three, **SETTINGS, **mode)
+    assert out.report.unchecked and made and None not in made
+    assert torch.equal(out.sequences, model.generate(three, **SETTINGS, threshold=1.0).sequences)
+
+
 def test_batch_gains_survive_the_file(tmp_path):
     found = make(batches=BATCHES)
     save(found, tmp_path)
