@@ -22,7 +22,7 @@ RESULTS = "benchmarks/results"
 MEASURED = (
     ("builtin", "end_to_end", "Zen 5", "2026-11-29-amd-epyc-2core-3"),
     ("builtin", "end_to_end", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-6"),
-    ("builtin", "end_to_end", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-2"),
+    ("builtin", "end_to_end", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-5"),
     ("builtin", "end_to_end", "Xeon", "2026-11-29-intel-r-xeon-r-processor-2core-7"),
     ("24x512", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-8"),
     ("24x512", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core"),

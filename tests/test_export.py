@@ -170,7 +170,7 @@ def test_a_model_whose_layers_depend_on_their_number_is_refused(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["_save", "check_equal", "_save_company", "_mark"])
+@pytest.mark.parametrize("moment", ["_save", "check_equal", "_save_company", "export_place.mark"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failed_export_leaves_nothing_and_an_earlier_one_whole(
     moment, failure, tmp_path, monkeypatch, tiny_llama
@@ -182,7 +182,7 @@ def test_a_failed_export_leaves_nothing_and_an_earlier_one_whole(
     def fail(*_, **__):
         raise failure
 
-    monkeypatch.setattr(exporting, moment, fail)
+    monkeypatch.setattr(f"adaptive_gen.exporting.{moment}", fail)
     for out in ("sub", "new"):
         with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else OutputError):
             adaptive_gen.export(model, tmp_path / out, exit_layer=2)
