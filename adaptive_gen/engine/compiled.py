@@ -107,7 +107,9 @@ class CompiledSegment:
     def _is_long(self, span: Span) -> bool:
         return sum(span.counts) > self.desk.room or span.time > self.longest
 
-    def _pieces(self, hidden: Tensor, cache: KVCache, span: Span) -> Any:
+    def _pieces(
+        self, hidden: Tensor, cache: KVCache, span: Span
+    ) -> Iterator[tuple[list[int], slice, Span]]:
         """The `pieces` of a block, for all of which there is room in the cache at once."""
         sizes = self.model.fused.sizes
         cache.memory(span.stop, hidden, sizes.kv_heads, sizes.head_dim)
