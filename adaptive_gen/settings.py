@@ -102,6 +102,11 @@ class Settings:
     changed: tuple[str, ...] = ()  # our keywords that withdraw it
     unchecked: str = ""  # why no exit is checked although the calibration has some
 
+    @property
+    def kv(self) -> str:
+        """How skipped layers get their K/V; "recompute" where none is skipped."""
+        return self.rules.kv
+
 
 def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     """Check the adaptive fields of a generation config and complete them.

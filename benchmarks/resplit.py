@@ -100,7 +100,7 @@ def resplit(
         good = [step for step in steps if step.certified]
         if not good:
             continue
-        chosen = certify.best(good, promise, half).candidate
+        chosen = certify.certified(good, promise, half)[-1].candidate
         every = judge(chosen)
         risks.append(every[fresh].mean())
         whole_risks.append(every.mean())
