@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
-from .files import EXPORTED
+
+EXPORTED = "adaptive_gen_export.json"  # lies in exported checkpoints and lists their files
 
 
 def check_free(out: Path, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Directories and files: finding models, making directories, writing files whole or not at all."""
 
 import os
 import tempfile
@@ -9,7 +9,29 @@ from typing import Any
 
 from .errors import OutputError
 
-EXPORTED = "adaptive_gen_export.json"  # lies in exported checkpoints and lists their files
+
+def is_nowhere(name: str) -> bool:
+    """Whether a model's name is neither a directory here nor could be one on the hub."""
+    of_the_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return not name or not (of_the_hub or Path(name).is_dir())
+
+
+def make_directory(path: Path, option: str) -> None:
+    """Make a directory with those above it; it may be there already.
+
+    Args:
+        path: its name.
+        option: the command-line option that names another place, for the error.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {path}: {error.strerror}. Name another directory with {option}."
+        ) from None
 
 
 @contextmanager

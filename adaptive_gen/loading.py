@@ -10,6 +10,7 @@ import torch
 from . import calibration as artefact
 from .errors import ModelError
 from .exit_readouts import load_readouts
+from .files import is_nowhere
 from .settings import attach, state
 from .wrapping import BUILTIN, compare_fingerprint, examined, wrap
 
@@ -90,8 +91,7 @@ def _read(path: PathLike | None, kwargs: dict[str, Any]) -> tuple[Any, Any]:
             "model that is loaded already."
         )
     directory = Path(path)
-    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if not str(path) or (not directory.is_dir() and looks_local):
+    if is_nowhere(str(path)):
         raise ModelError(
             f"there is no model directory {str(path)!r}. Give one that holds config.json, weights "
             "and a tokenizer, a hub id of the form owner/name, or leave it out for the built-in "

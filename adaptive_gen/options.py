@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import OptionError
-from .files import EXPORTED
+from .export_place import EXPORTED
 
 # Rows this narrow are multiplied sooner than threads meet: with a core busy elsewhere, two threads
 # took three to seven times as long as one.

@@ -16,8 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from .errors import OptionError
+from .keywords import check_switch
 from .resume import AdaptiveCache
-from .settings import FIELDS, check_switch
+from .settings import FIELDS
 
 _TEXTS = "it decodes each text by itself, greedily or by sampling"
 _DRAFTS = "its own exits propose tokens when lossless=True asks for that"

@@ -5,7 +5,6 @@ saves them; here they are checked and completed from the calibration.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +20,13 @@ from .engine.backend import Backend
 from .engine.rules import KV_POLICIES, PREFILLS, QUEUE_CAP, Rules
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
+from .keywords import (
+    check_audit_floor,
+    check_policy,
+    check_speedup,
+    check_switch,
+    check_threshold,
+)
 from .policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 
 log = logging.getLogger("adaptive_gen")
@@ -132,8 +138,8 @@ def resolve(config: Any, state: State, rows: int = 1) -> Settings:
     point = _operating_point(given, calibration)
     layers, unchecked, thrifty = _checked(given, point, state, rows)
     if given["policy"] is not None:
-        _check_policy(given["policy"], layers)
-    audit_floor = _audit_floor(given["audit_floor"])
+        check_policy(given["policy"], layers)
+    audit_floor = check_audit_floor(given["audit_floor"])
     policy = given["policy"] or _threshold_policy(given["threshold"], point, layers, state)
     certificate, changed = coverage(calibration, point, given, layers)
     if unchecked:
@@ -221,41 +227,13 @@ def _rules(given: Mapping[str, Any], state: State) -> Rules:
     )
 
 
-def _audit_floor(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise OptionError(
-            f"audit_floor={value!r} is not an agreement to keep, a number between 0 and 1 such as "
-            "0.97."
-        )
-    return float(value)
-
-
-def _check_policy(policy: Any, layers: tuple[int, ...]) -> None:
-    if isinstance(policy, type) or not isinstance(policy, ExitPolicy):
-        raise OptionError(
-            f"policy={policy!r} is no exit policy: give an object, such as Patience(2), with the "
-            "methods may_exit(exit_layer, position) and should_exit(check)."
-        )
-    if isinstance(policy, FixedExit) and policy.exit_layer not in layers:
-        raise OptionError(
-            f"{policy} names exit layer {policy.exit_layer}, which is not among the exit layers "
-            f"{', '.join(map(str, layers))}. Give exit_layers=[{policy.exit_layer}] with it."
-        )
-
-
 def _operating_point(
     given: Mapping[str, Any], calibration: Calibration | None
 ) -> OperatingPoint | None:
     """The calibrated point in force: the one asked for by speed, or the default if nothing is."""
     target = given["target_speedup"]
     if target is not None:
-        number = isinstance(target, int | float) and not isinstance(target, bool)
-        if not number or not 1 <= target < math.inf:
-            raise OptionError(
-                f"target_speedup={target!r} is not a number of 1 or more, such as 1.5."
-            )
+        check_speedup(target)
         if calibration is None:
             raise CalibrationError(
                 f"target_speedup={target:g} needs a calibration and this model has none. "
@@ -306,24 +284,6 @@ def _per_exit(thresholds: Mapping[Any, Any], layers: tuple[int, ...]) -> dict[in
             )
         by_layer[layer] = check_threshold(value)
     return by_layer
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Raise `OptionError` unless a keyword that is either on or off is just that, or not said.
-
-    A word such as "no" would count as on.
-    """
-    if value is not None and value not in (True, False):
-        raise OptionError(f"{name}={value!r} is neither True nor False; give one of them.")
-
-
-def check_threshold(value: Any) -> float:
-    """Return `value` if it is a threshold, a number in [0, 1]; raise `OptionError` if not."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise OptionError(
-            f"threshold={value!r} is not a number from 0 (always the first exit) to 1 (full depth)."
-        )
-    return float(value)
 
 
 def _confidences(name: str | None, layers: tuple[int, ...], state: State) -> Confidences:

@@ -6,7 +6,7 @@ from typing import NoReturn
 from adaptive_gen import calibration as artefact
 from adaptive_gen import ui
 from adaptive_gen.errors import OutputError, Unreachable
-from adaptive_gen.files import whole
+from adaptive_gen.files import make_directory, whole
 
 from . import tables
 from .worth import Slower
@@ -21,12 +21,7 @@ def write(found: artefact.Calibration, directory: Path, work: Path) -> None:
         OutputError: it cannot be written; what was found is still in `work`.
     """
     try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {directory}: {error.strerror}. Name another with --out."
-            ) from None
+        make_directory(directory, "--out")
         with whole(directory / tables.EVIDENCE, "--out", "wb") as file:
             file.write((work / "evidence.json").read_bytes())
         if found.confidence == "gate":

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adaptive_gen.errors import CalibrationError, OutputError
-from adaptive_gen.files import whole
+from adaptive_gen.errors import CalibrationError
+from adaptive_gen.files import make_directory, whole
 
 JOB = "job"
 
@@ -47,12 +47,7 @@ class Store:
                 f"{directory} holds a calibration of another model, other prompts or other "
                 "settings. Name another directory with --work, or delete that one."
             )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {directory}: {error.strerror}. Name another place with --work."
-            ) from None
+        make_directory(directory, "--work")
         self.write(JOB, self.job)
 
     def path(self, name: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from adaptive_gen import exits
 from adaptive_gen.errors import ModelError, OptionError
+from adaptive_gen.files import is_nowhere
 from adaptive_gen.ui import note
 
 
@@ -51,8 +52,7 @@ def load_model(name: str, dtype: str = "float32", layers: int = 0) -> tuple[Any,
 
 def check_place(name: str) -> None:
     """Raise `ModelError` for a name that is neither a directory nor could be one on the hub."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).is_dir():
+    if is_nowhere(name):
         raise ModelError(f"no model directory {name}; check the path.")
 
 
