@@ -92,9 +92,7 @@ class TokenLoop:
         self._open = list(self.texts.rows)  # those still growing, in the scheduler's order
         if settings.lossless:
             self._limit_drafts()
-        draft_length = self.texts.rows[0].draft_length
-        plain = self._plain()
-        self._stretch = backend.stretch(self.scheduler, draft_length) if plain else None
+        self._stretch = backend.stretch(self.scheduler) if self._plain() else None
         self.prefill_s = self.decode_s = 0.0
 
     @property
@@ -143,7 +141,7 @@ class TokenLoop:
         shallow = self.settings.exit_layers[0] / self.settings.exit_layers[-1]
         for text, row in zip(self._open, self.scheduler.rows, strict=True):
             text.draft_length = DraftLength(shallow, self.settings.rules.queue_cap)
-            row.cap = text.draft_length.length
+            row.draft_length, row.cap = text.draft_length, text.draft_length.length
 
     def _plain(self) -> bool:
         """Whether tokens are chosen, kept and ended by nothing but their own logits and ids."""

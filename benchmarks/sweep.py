@@ -55,13 +55,14 @@ def _point(
     first = exit_layers[0]
     # Deep tokens are read out at every exit on their way, as a threshold would have it.
     on_schedule = Scripted(script(first, shape.layers, DEEP, tokens + 1), frozenset(exit_layers))
+    scheduled = {"adaptive": True, "policy": on_schedule, "exit_layers": exit_layers}
+    leaving = f"exit {first}, {DEEP:.0%} of tokens deep"
     arms = {
         "transformers": Arm("transformers `generate`", {"adaptive": False}),
         peers.REFERENCE: Arm("adaptive_gen, full depth", {"adaptive": True, "threshold": 1.0}),
-        "adaptive": Arm(
-            f"exit {first}, {DEEP:.0%} of tokens deep",
-            {"adaptive": True, "policy": on_schedule, "exit_layers": exit_layers},
-        ),
+        "adaptive": Arm(leaving, scheduled),
+        "propagate": Arm(f"{leaving}, propagated", {**scheduled, "kv": "propagate"}),
+        "lossless": Arm(f"{leaving}, lossless", {**scheduled, "lossless": True}),
     }
     rows = at["batch"]
     prompts = [torch.cat(peers.random_prompts(shape.vocab, at["context"], rows, device))]

@@ -13,9 +13,9 @@ import adaptive_gen
 from adaptive_gen.calibration import ConfidenceMap
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
-from adaptive_gen.engine.batch import BatchStretch
+from adaptive_gen.engine.batch import BatchStretch, LosslessBatchStretch
 from adaptive_gen.engine.compiled import MOST_ROWS
-from adaptive_gen.engine.stretch import Stretch
+from adaptive_gen.engine.stretch import Pace, Stretch
 from adaptive_gen.gate import Gate
 from adaptive_gen.kernels.screen import WIDTH
 from adaptive_gen.policy import DecayingThreshold, FixedExit, NeverExit, ThresholdPolicy
@@ -251,13 +251,14 @@ def assert_same_rows(ours, theirs):
         assert getattr(ours.report, name) == getattr(theirs.report, name), name
 
 
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
 @pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rows_of_a_batch_go_as_deep_as_the_scheduler_lets_them(
-    tiny_llama, stretches, schedule, policy
+    tiny_llama, stretches, schedule, policy, kv
 ):
     model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
-    kwargs = {"schedule": schedule, "policy": POLICIES[policy]}
+    kwargs = {"schedule": schedule, "policy": POLICIES[policy], "kv": kv}
     ours = batch(model, **kwargs)
     assert max(stretches) == 4  # texts at once
     if policy == "thresholds":
@@ -298,15 +299,83 @@ def test_a_gate_reads_hidden_states_of_a_batch(tiny_llama, stretches):
     assert_same_rows(ours, batch(model, confidence="gate", threshold=0.6))
 
 
+def assert_same_drafts_of_rows(ours, theirs):
+    assert_same_rows(ours, theirs)
+    reports = ours.report, theirs.report
+    assert len({(report.drafted, report.accepted) for report in reports}) == 1
+    assert ours.report.drafted > 0
+
+
+@pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
+@pytest.mark.parametrize("queue_cap", [1, 3, 16])
+@pytest.mark.parametrize("threshold", [0.0, 0.005, 0.02])
+def test_rows_draft_and_are_judged_each_by_itself(
+    tiny_llama, stretches, threshold, queue_cap, schedule
+):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=queue_cap)
+    kwargs = {"threshold": threshold, "lossless": True, "schedule": schedule}
+    ours = batch(model, **kwargs)
+    assert max(stretches) == 4 and ours.report.accepted < ours.report.drafted
+    stretches.off()
+    assert_same_drafts_of_rows(ours, batch(model, **kwargs))
+    assert ours.sequences.tolist() == batch(model, threshold=1.0).sequences.tolist()
+
+
+def test_more_drafts_are_judged_than_are_read_out_at_once(tiny_llama, stretches):
+    """Layers behind the first exit that add nothing let every draft stand, and others follow."""
+    model = tiny_llama(eos_token_id=None)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+    kwargs = {"lossless": True, "policy": FixedExit(2), "max_new_tokens": 90}
+    ours = batch(wrapped(model, queue_cap=12), **kwargs)
+    assert ours.report.accepted == ours.report.drafted
+    assert ours.report.drafted > LosslessBatchStretch._rows_read * ours.report.deep_passes
+    stretches.off()
+    assert_same_drafts_of_rows(ours, batch(model, **kwargs))
+
+
+@pytest.mark.parametrize("length", range(2, 12))
+def test_rows_may_end_with_a_draft_or_full_depths_own(tiny_llama, stretches, length):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    texts = batch(model, threshold=1.0).sequences[:, 7:].tolist()
+    ends = [text[length + row] for row, text in enumerate(texts)]
+    for kwargs in ({"max_new_tokens": length}, {"eos_token_id": ends, "pad_token_id": 0}):
+        kwargs |= {"lossless": True, "threshold": 0.005}
+        with pytest.MonkeyPatch.context() as patch:
+            ours = batch(model, **kwargs)
+            patch.setattr(Backend, "stretch", lambda *_: None)
+            assert_same_drafts_of_rows(ours, batch(model, **kwargs))
+
+
+WAYS = {"recompute": {}, "propagate": {"kv": "propagate"}, "lossless": {"lossless": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_stretches_of_a_batch_may_be_short(tiny_llama, stretches, monkeypatch, way, tokens):
+    """What waits when one ends, drafts too, is there when the next begins."""
+    monkeypatch.setattr(Pace, "keep", lambda *_: None)
+    monkeypatch.setattr(Pace, "tokens", tokens)
+    model = wrapped(tiny_llama(eos_token_id=None))
+    ours = batch(model, threshold=0.01, **WAYS[way])
+    assert len(stretches) > 39 / 8
+    stretches.off()
+    assert_same_rows(ours, batch(model, threshold=0.01, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("row", range(4))
-def test_a_batch_goes_on_without_the_texts_that_end(tiny_llama, stretches, row):
+def test_a_batch_goes_on_without_the_texts_that_end(tiny_llama, stretches, row, way):
     """Each of the others is, to the end, what it would be alone."""
     model = wrapped(tiny_llama(eos_token_id=None))
-    texts = batch(model, threshold=0.01).sequences[:, 7:].tolist()
+    kwargs = {"threshold": 0.01, **WAYS[way]}
+    texts = batch(model, **kwargs).sequences[:, 7:].tolist()
     end = texts[row][row + 1]
-    ours = batch(model, threshold=0.01, eos_token_id=end, pad_token_id=0)
+    kwargs |= {"eos_token_id": end, "pad_token_id": 0}
+    ours = batch(model, **kwargs)
     stretches.off()
-    assert_same_rows(ours, batch(model, threshold=0.01, eos_token_id=end, pad_token_id=0))
+    assert_same_rows(ours, batch(model, **kwargs))
     for found, text in zip(ours.sequences[:, 7:].tolist(), texts, strict=True):
         length = text.index(end) + 1 if end in text else len(text)
         assert found[:length] == text[:length]

@@ -12,12 +12,11 @@ from ..confidence import Confidences
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
 from . import graphs
-from .batch import BatchStretch
+from .batch import BatchStretch, LosslessBatchStretch
 from .cache import KVCache
 from .compiled import CompiledSegment, NarrowSegment, in_pieces, longest, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
-from .drafts import DraftLength
 from .fused import FusedModel, FusedReadout, FusedSegment
 from .fusing import WIDE, fuse_readout, narrow_readout, wide
 from .graphs import GraphReadout, SummedConfidences
@@ -223,21 +222,21 @@ class Backend:
             return CompiledConfidences(confidences)
         return confidences
 
-    def stretch(self, scheduler: Scheduler, drafts: DraftLength | None = None) -> Stretch | None:
+    def stretch(self, scheduler: Scheduler) -> Stretch | None:
         """What decodes texts in stretches, of the latest segments, if that can be done.
 
         Args:
-            scheduler: of these texts.
-            drafts: how many tokens may leave before a deep pass must confirm them; None: those that
-                leave need not be confirmed.
+            scheduler: of these texts; its rows have a draft length each if deep passes must confirm
+                what leaves, or none has.
         """
-        if not self.name.startswith("compiled") or unfit(scheduler, drafts is not None):
+        if not self.name.startswith("compiled") or unfit(scheduler):
             return None
         pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
-        if drafts is not None:
-            found = LosslessStretch(scheduler, pace, drafts)
+        drafts = scheduler.rows[0].draft_length is not None
+        if len(scheduler.rows) > 1:
+            found = (LosslessBatchStretch if drafts else BatchStretch)(scheduler, pace)
         else:
-            found = (BatchStretch if len(scheduler.rows) > 1 else Stretch)(scheduler, pace)
+            found = (LosslessStretch if drafts else Stretch)(scheduler, pace)
         if (type(found).__name__, self.name) not in self._compiled_stretches:
             self._compiled_stretches.add((type(found).__name__, self.name))
             clock = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 
@@ -16,58 +17,114 @@ class BatchStretch(Stretch):
 
     def __init__(self, scheduler: Scheduler, pace: Pace):
         """Prepare what stays the same."""
-        self._rows_read = len(scheduler.rows)
+        self._rows_read = max(self._rows_read, len(scheduler.rows))
         super().__init__(scheduler, pace)
         room, width = self._desk.x.shape
         fused = self._compiled.fused
         pairs = fused.sizes.head_dim // 2
         turn = self._like.new_zeros(room, len(fused.turns), pairs, 2).numpy()
-        newest = self._like.new_zeros(self._rows_read, width).numpy()
-        taking = np.zeros((2, self._rows_read), np.int64)
-        self._tops = self._places, turn, newest, taking
+        reading = self._like.new_zeros(self._rows_read, width).numpy()
+        notes = np.zeros((4, len(scheduler.rows)), np.int64)
+        self._tops = self._places, turn, reading, notes
 
     def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows
         count = min(*most, self._pace.tokens)
-        starts = np.array([row.position + (row.stage < 0) for row in rows])
-        lengths = self._lengths()
-        # A row's newest token may be on its way already.
-        stop = int(lengths[0].max()) + count + 1
-        memory, turns, buffers = self._room_until(stop)
+        width = max(1, count + self._surplus)
+        chosen = np.array([len(row.unjudged) for row in rows])
         stages = np.array([row.stage for row in rows])
+        # Of what is next to stand; a row's newest token may be on its way already.
+        starts = np.array([row.position for row in rows]) + (stages < 0) - chosen
+        lengths = self._lengths()
+        limits = np.minimum(most, width)
+        memory, turns, buffers = self._room_until(int((lengths[0] + limits - chosen).max()))
         shallow, tallies = np.array([scheduler.shallow]), np.zeros(3, np.int64)
         waiting = self._in_front()
         desk = self._desk.x, *self._tops, turns, buffers
         state = memory, self._waiting, waiting, lengths, stages, shallow, tallies
         first = int(starts.min())
-        tables = self._thresholds(first, int(starts.max()) - first + count + 1)
+        tables = self._thresholds(first, int((starts + limits).max()) - first)
         thrift = scheduler.thrift
         asking = *tables, starts - first, self._measure, thrift.worth, thrift.records
-        shape, done = (len(rows), max(1, count)), np.zeros(len(rows), np.int64)
-        results = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, math.nan)
+        results = self._drafted(width)
         clock = time.perf_counter()
-        rules = scheduler.rules
-        kernel("batch").decode(
-            np.array(tokens),
-            np.array([*ends], np.int64),
-            np.full(len(rows), count),
-            rules.queue_cap,
-            rules.shallow_passes,
-            self._model,
-            desk,
-            state,
-            asking,
-            (*results, done),
+        stood = self._decode_rows(
+            (np.array(tokens), np.array([*ends], np.int64)),
+            (count, limits),
+            (self._model, desk, state, asking, (*results, chosen)),
         )
-        self._pace.keep(time.perf_counter() - clock, int(done.max()))
+        self._pace.keep(time.perf_counter() - clock, int(stood.max()))
         scheduler.go_on(
-            (starts + done - (stages < 0)).tolist(),
+            (starts + chosen - (stages < 0)).tolist(),
             stages.tolist(),
             lengths.tolist(),
             waiting.tolist(),
             tallies.tolist(),
         )
         scheduler.shallow = int(shallow[0])
-        of_rows = zip(*results, done.tolist(), strict=True)
-        return [self._emitted(*(r[:n].tolist() for r in found)) for *found, n in of_rows]
+        found = []
+        for row, *result, drafts, n in zip(
+            rows, *results, chosen.tolist(), stood.tolist(), strict=True
+        ):
+            row.unjudged = [*zip(*(part[n:drafts].tolist() for part in result), strict=True)]
+            row.drafts = len(row.unjudged)
+            found.append(self._emitted(*(part[:n].tolist() for part in result)))
+        return found
+
+    def _drafted(self, width: int) -> tuple[Any, Any, Any]:
+        """Room for tokens, segments and confidences, [rows, width], what is not judged in front."""
+        rows = self._scheduler.rows
+        shape = len(rows), width
+        results = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, math.nan)
+        for r, row in enumerate(rows):
+            for i, draft in enumerate(row.unjudged):
+                for result, part in zip(results, draft, strict=True):
+                    result[r, i] = part
+        return results
+
+    def _decode_rows(self, tokens: Any, most: Any, parts: Any) -> Any:
+        """Call the kernel; see `kernels.batch`.
+
+        Args:
+            tokens: each text's last, and those that end one.
+            most: tokens to decode, and how many end each text, [rows].
+            parts: what the kernel works on.
+
+        Returns:
+            How many tokens of each row stand.
+        """
+        rules, count = self._scheduler.rules, np.full(len(most[1]), most[0])
+        caps, propagate = np.full(len(count), rules.queue_cap), int(rules.kv == "propagate")
+        kernel("batch").decode(*tokens, count, caps, rules.shallow_passes, propagate, *parts)
+        return parts[-1][-1]
+
+
+class LosslessBatchStretch(BatchStretch):
+    """Stretches of several texts in which full depth has the last word."""
+
+    _rows_read = 8
+
+    @property
+    def _surplus(self) -> int:
+        return self._room  # the drafts of one deep pass, and the token that it chooses itself
+
+    def _decode_rows(self, tokens: Any, most: Any, parts: Any) -> Any:
+        rows, rules = self._scheduler.rows, self._scheduler.rules
+        lengths = [row.draft_length for row in rows if row.draft_length is not None]
+        assert len(lengths) == len(rows), "every row knows how much it drafts"
+        caps, stood = np.array([row.cap for row in rows]), np.zeros(len(rows), np.int64)
+        records = np.stack([length.record for length in lengths])
+        *others, results = parts
+        kernel("batch_lossless").decode(
+            *tokens,
+            *most,
+            caps,
+            rules.shallow_passes,
+            (records, lengths[0].shallow, lengths[0].most),
+            *others,
+            (*results, stood),
+        )
+        for row, length, record, cap in zip(rows, lengths, records, caps.tolist(), strict=True):
+            length.record[:], row.cap = record, cap
+        return stood

@@ -3,12 +3,13 @@
 Axes: `rows`, `vocab`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..policy import Check
+from .drafts import DraftLength
 
 KV_POLICIES = ("recompute", "propagate")
 PREFILLS = ("full", "lazy")
@@ -47,6 +48,9 @@ class Row:
     position: int = 0  # index, among the new tokens, of the token its readout chooses
     prompt: int = 0  # tokens of the prompt
     drafts: int = 0  # tokens that left early since the last deep pass
+    draft_length: DraftLength | None = None  # where these must be confirmed: how many are worth it
+    # Those that a stretch has left unconfirmed: token, segment and raw confidence.
+    unjudged: list[tuple[int, int, float]] = field(default_factory=list)
     cap: int = QUEUE_CAP
     deep: bool = False  # the newest token must go to the end
     checks: tuple[Check, ...] = ()  # of the newest token, shallow to deep

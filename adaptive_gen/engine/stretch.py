@@ -3,7 +3,8 @@
 The scheduler asks and queues between segments, in Python, for every mode there is. Where texts are
 greedy and their exits hang on thresholds, the same rules run in `kernels.decode`, on the
 scheduler's own queues and cache: it can go on from there at any token, and neither can tell.
-Lossless texts have `kernels.lossless`, and batches `kernels.batch` (`batch.BatchStretch`).
+Lossless texts have `kernels.lossless`, and batches (`batch.BatchStretch`) `kernels.batch` and
+`kernels.batch_lossless`.
 """
 
 import math
@@ -19,7 +20,6 @@ from ..report import Step
 from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
-from .drafts import DraftLength
 from .machine_code import kernel
 from .narrow import bits
 from .scheduler import Scheduler
@@ -196,23 +196,14 @@ class LosslessStretch(Stretch):
 
     _rows_read = 8
 
-    def __init__(self, scheduler: Scheduler, pace: Pace, drafts: DraftLength):
-        """Prepare.
-
-        Args:
-            scheduler: nothing waits in its queues.
-            pace: of the model's texts.
-            drafts: how many are worth making; learns from what becomes of them.
-        """
-        super().__init__(scheduler, pace)
-        self._drafts = drafts
-
     @property
     def _surplus(self) -> int:
         return self._room  # the drafts of one deep pass, and the token that it chooses itself
 
     def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
-        drafts, (row,) = self._drafts, self._scheduler.rows
+        (row,) = self._scheduler.rows
+        drafts = row.draft_length
+        assert drafts is not None, "the row knows how much it drafts"
         done = kernel("lossless").decode(
             token, ends, count, drafts.shallow, drafts.most, drafts.record, *args
         )
@@ -225,7 +216,7 @@ def _dtype(like: torch.Tensor) -> Any:
     return like.numpy().dtype
 
 
-def unfit(scheduler: Scheduler, lossless: bool) -> str:
+def unfit(scheduler: Scheduler) -> str:
     """Why a scheduler's texts cannot be decoded in stretches; empty if they can."""
     confidences, policy = scheduler.confidences, scheduler.policy
     embedding = scheduler.decoder.plain_embedding
@@ -233,8 +224,6 @@ def unfit(scheduler: Scheduler, lossless: bool) -> str:
         return f"it is one of more than {most_tokens()}"
     if len(scheduler.rows) * scheduler.rules.queue_cap * scheduler.last > MOST_WAITING:
         return "so many tokens may wait that buffers for all of them are too large"
-    if len(scheduler.rows) > 1 and (scheduler.rules.kv, lossless) != ("recompute", False):
-        return "texts that propagate, or draft, are decoded in stretches only when alone"
     if not (
         all(isinstance(segment, CompiledSegment) for segment in scheduler.segments)
         and isinstance(scheduler.readout, CompiledReadout)

@@ -4,20 +4,22 @@ Every text goes as deep as it needs: a pass runs one segment for the texts whose
 in front of it, with all that waits there for them. What changes with several texts:
 
 - `desk`: besides hidden states [room, hidden in whole panels] and places [room, 2], turns of the
-  tokens on it [room, kinds, head_dim / 2, 2]; newest hidden states [rows, hidden in whole panels];
-  rows that take part and where their newest token lies, [2, rows]; then turns of every position
-  and buffers. `room` is that of a block of all rows.
+  tokens on it [room, kinds, head_dim / 2, 2]; hidden states to read out [reading, hidden in whole
+  panels]; notes on rows that take part, [3, rows]: which they are, where on the desk their newest
+  token lies, and what a step wants to remember; then turns of every position and buffers. `room`
+  is that of a block of all rows.
 - `state`: what waits is [segments, rows, room of a row, hidden in whole panels], how much of it and
   the lengths [segments, rows]; then the segment each row's newest token waits in front of, -1 if it
   has left, [rows]; passes of the first segment since the others had their turn, [1]; tallies [3].
 - `asking`: tables as there, by position; where each row's next token is in them, [rows]; measure;
   what one that leaves is worth, and records [rows, exits, 4].
-- `results`: [rows, tokens] each, and how many there are, [rows].
+- `caps`: most tokens of each row that may wait in front of a segment, [rows].
+- `results`: [rows, tokens] each, and how many are chosen, [rows].
 """
 
 from typing import Any
 
-from .cpu import copy, run_layers
+from .cpu import copy, run_layers, store_layers
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .freshness import borrowing
 from .screen import GATE, leaves, look, token_of
@@ -39,82 +41,159 @@ def _next_segment(stages: Any, shallow: Any, shallow_passes: int) -> int:
 
 
 @borrowing
-def _advance(s: int, model: Any, desk: Any, state: Any) -> int:
-    """Run segment s for the rows that wait there; returns how many they are."""
-    x, place, turn, _, taking, turns, buffers = desk
-    kv, waiting, counts, lengths, stages, _, tallies = state
-    bounds, last = model[4], counts.shape[0] - 1
+def _lay_out(s: int, stages: Any, staying: int, desk: Any, state: Any) -> Any:
+    """Lay what waits in front of segment s on the desk, for rows whose stage it is.
+
+    Args:
+        s: which one.
+        stages: of each row, [rows].
+        staying: how many of each row stay where they are, the newest: 0 or 1.
+        desk: see above; likewise `state`.
+
+    Returns:
+        The length of the block, and how many rows it is of.
+    """
+    x, place, turn, _, notes, turns, _ = desk
+    _, waiting, counts, lengths, _, _, _ = state
     rows = block = 0
     for r in range(len(stages)):
         if stages[r] != s:
             continue
-        for i in range(counts[s, r]):
+        count = counts[s, r] - staying
+        for i in range(count):
             at = lengths[s, r] + i
             copy(waiting[s, r, i], x[block])
             place[block, 0], place[block, 1] = r, at
             copy(turns[at].reshape(-1), turn[block].reshape(-1))
             block += 1
-        taking[0, rows], taking[1, rows] = r, block - 1
-        lengths[s, r] += counts[s, r]
-        counts[s, r] = 0
+        if count and staying:
+            copy(waiting[s, r, count], waiting[s, r, 0])
+        notes[0, rows], notes[1, rows] = r, block - 1
+        lengths[s, r] += count
+        counts[s, r] = staying
         rows += 1
-    run_layers(
-        bounds[s],
-        bounds[s + 1],
-        block,
-        x,
-        place[:block],
-        turn[:block],
-        kv,
-        model[1],
-        buffers,
-    )
-    tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
-    if s == last:
-        tallies[DEEP_PASSES] += 1
-        tallies[CAUGHT_UP] += block - rows
-        return rows
-    for t in range(block):
-        r = place[t, 0]
-        copy(x[t], waiting[s + 1, r, counts[s + 1, r]])
-        counts[s + 1, r] += 1
-    for n in range(rows):
-        stages[taking[0, n]] = s + 1
-    return rows
+    return block, rows
 
 
 @borrowing
-def _ask(
-    s: int, rows: int, cap: int, model: Any, desk: Any, state: Any, asking: Any, results: Any
+def _pass_on(s: int, block: int, desk: Any, state: Any) -> None:
+    """Let the block on the desk wait in front of segment s."""
+    x, place, (_, waiting, counts, _, _, _, _) = desk[0], desk[1], state
+    for t in range(block):
+        r = place[t, 0]
+        copy(x[t], waiting[s, r, counts[s, r]])
+        counts[s, r] += 1
+
+
+@borrowing
+def run(s: int, stages: Any, model: Any, desk: Any, state: Any) -> Any:
+    """Run segment s on all that waits there for rows whose stage it is, and let it wait further on.
+
+    Returns:
+        The length of the block, which is on the desk, and how many rows it is of.
+    """
+    x, place, turn, _, _, _, buffers = desk
+    bounds, tallies = model[4], state[6]
+    block, rows = _lay_out(s, stages, 0, desk, state)
+    if block:
+        run_layers(
+            bounds[s],
+            bounds[s + 1],
+            block,
+            x,
+            place[:block],
+            turn[:block],
+            state[0],
+            model[1],
+            buffers,
+        )
+        tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
+        if s + 2 < len(bounds):
+            _pass_on(s + 1, block, desk, state)
+    return block, rows
+
+
+@borrowing
+def _store(s: int, stages: Any, staying: int, model: Any, desk: Any, state: Any) -> None:
+    """Propagate what waits in front of segment s, into the next queue; see `_lay_out`."""
+    x, place, turn, _, _, _, buffers = desk
+    bounds = model[4]
+    block, _ = _lay_out(s, stages, staying, desk, state)
+    if not block:
+        return
+    store_layers(
+        bounds[s],
+        bounds[s + 1],
+        x,
+        place[:block],
+        turn[:block],
+        state[0],
+        model[1],
+        buffers,
+    )
+    if s + 2 < len(bounds):
+        _pass_on(s + 1, block, desk, state)
+    else:
+        state[6][CAUGHT_UP] += block
+
+
+@borrowing
+def advance(shallow_passes: int, propagate: int, model: Any, desk: Any, state: Any) -> Any:
+    """Run what comes next, for the rows that wait there; returns the segment and how many rows."""
+    _, _, counts, _, stages, shallow, tallies = state
+    s, last = _next_segment(stages, shallow, shallow_passes), counts.shape[0] - 1
+    if propagate:
+        _store(s, stages, 1, model, desk, state)
+    block, rows = run(s, stages, model, desk, state)
+    if s == last:
+        tallies[DEEP_PASSES] += 1
+        tallies[CAUGHT_UP] += block - rows
+    else:
+        for n in range(rows):
+            stages[desk[4][0, n]] = s + 1
+    return s, rows
+
+
+@borrowing
+def ask(
+    s: int,
+    rows: int,
+    caps: Any,
+    propagate: int,
+    model: Any,
+    desk: Any,
+    state: Any,
+    asking: Any,
+    results: Any,
 ) -> None:
     """Let rows that have run segment s leave there, if they may."""
-    x, _, _, newest, taking, _, _ = desk
+    x, _, _, reading, notes, _, _ = desk
     _, _, counts, _, stages, _, _ = state
     asked, least, firsts, measure, worth, records = asking
-    tokens, exits, confidences, done = results
+    tokens, exits, confidences, chosen = results
     head, gates, last, asks = model[2], model[3], counts.shape[0] - 1, 0
     for n in range(rows):
-        r = taking[0, n]
-        at = firsts[r] + done[r]
+        r = notes[0, n]
+        at = firsts[r] + chosen[r]
         if s < last:
-            may = asked[at, s] and counts[s + 1, r] <= cap
+            may = asked[at, s] and (propagate or counts[s + 1, r] <= caps[r])
             if not may or not due(records[r, s], worth[s]):
                 continue
-        copy(x[taking[1, n]], newest[asks])
+        copy(x[notes[1, n]], reading[asks])
         if s < last and measure == GATE:
-            raw = gate_of(newest[asks : asks + 1], head[2], gates[0][s], gates[1][s], head[3])
+            raw = gate_of(reading[asks : asks + 1], head[2], gates[0][s], gates[1][s], head[3])
             observe(records[r, s], worth[s], raw >= least[at, s])
             if raw < least[at, s]:
                 continue
-            confidences[r, done[r]] = raw
-        taking[0, asks] = r
+            confidences[r, chosen[r]] = raw
+        notes[0, asks] = r
         asks += 1
     if not asks:
         return
-    look(newest[:asks], head)
+    look(reading[:asks], head)
     for n in range(asks):
-        r = taking[0, n]
-        i = done[r]
+        r = notes[0, n]
+        i = chosen[r]
         if s < last and measure != GATE:
             raw, token = leaves(n, least[firsts[r] + i, s], measure, head)
             observe(records[r, s], worth[s], token >= 0)
@@ -124,8 +203,34 @@ def _ask(
         else:
             token = token_of(n, head)
         tokens[r, i], exits[r, i] = token, s
-        done[r] += 1
+        chosen[r] += 1
         stages[r] = -1
+
+
+@borrowing
+def _empty_full(s: int, caps: Any, model: Any, desk: Any, state: Any) -> None:
+    """Propagate what waits behind segment s for rows that have just left, where it is too much."""
+    _, _, counts, _, stages, _, _ = state
+    emptied, last = desk[4][2, : len(stages)], counts.shape[0] - 1
+    for r in range(len(stages)):
+        emptied[r] = s if stages[r] == -1 else -1
+    for deeper in range(s + 1, last + 1):
+        for r in range(len(stages)):
+            full = emptied[r] == deeper - 1 and counts[deeper, r] > caps[r]
+            emptied[r] = deeper if full else -1
+        _store(deeper, emptied, 0, model, desk, state)
+
+
+@borrowing
+def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
+    """Put the last token of texts whose token has left in front of the first segment."""
+    _, waiting, counts, _, stages, _, _ = state
+    tokens, _, _, chosen = results
+    for r in range(len(stages)):
+        if stages[r] == -1:
+            token = tokens[r, chosen[r] - 1] if chosen[r] else newest[r]
+            embed(model[0], token, waiting[0, r, 0])
+            counts[0, r], stages[r] = 1, 0
 
 
 @borrowing
@@ -133,8 +238,9 @@ def decode(
     newest: Any,
     ends: Any,
     most: Any,
-    cap: int,
+    caps: Any,
     shallow_passes: int,
+    propagate: int,
     model: Any,
     desk: Any,
     state: Any,
@@ -147,25 +253,22 @@ def decode(
         newest: of texts whose last token has not been run, that token, [rows].
         ends: tokens that end a text.
         most: new tokens of each text, [rows]; none at all if one of them may have none.
-        cap: most tokens of a row that may wait in front of a segment.
+        caps: see above.
         shallow_passes: see `rules.Rules`.
+        propagate: 1 if skipped layers get their keys and values that way.
         model: see above; likewise `desk`, `state`, `asking`, `results`.
     """
-    _, waiting, counts, _, stages, shallow, _ = state
-    tokens, _, _, done = results
+    stages, (tokens, _, _, chosen) = state[4], results
     going = True
     for r in range(len(most)):
-        going = going and done[r] < most[r]
+        going = going and chosen[r] < most[r]
     while going:
-        for r in range(len(stages)):
-            if stages[r] == -1:
-                token = tokens[r, done[r] - 1] if done[r] else newest[r]
-                embed(model[0], token, waiting[0, r, 0])
-                counts[0, r], stages[r] = 1, 0
-        s = _next_segment(stages, shallow, shallow_passes)
-        rows = _advance(s, model, desk, state)
-        _ask(s, rows, cap, model, desk, state, asking, results)
+        feed(newest, model, state, results)
+        s, rows = advance(shallow_passes, propagate, model, desk, state)
+        ask(s, rows, caps, propagate, model, desk, state, asking, results)
+        if propagate:
+            _empty_full(s, caps, model, desk, state)
         for r in range(len(stages)):
             left = stages[r] == -1
-            if left and (done[r] == most[r] or among(tokens[r, done[r] - 1], ends)):
+            if left and (chosen[r] == most[r] or among(tokens[r, chosen[r] - 1], ends)):
                 going = False
