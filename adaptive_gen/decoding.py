@@ -23,6 +23,7 @@ from .audit import Auditor, GuardedPolicy
 from .drafting import Draft, confirm
 from .engine.backend import Backend
 from .engine.drafts import DraftLength
+from .engine.lasting import lasting
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
@@ -36,6 +37,7 @@ _MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
 class TokenLoop:
     """A batch of texts being generated: iterate over it for its `Step`s."""
 
+    @lasting()
     def __init__(
         self,
         backend: Backend,
@@ -197,7 +199,7 @@ class TokenLoop:
         scores, logits = self.texts.process(texts, logits)
         chances = scores.softmax(-1) if self.config.do_sample else None
         if chances is not None:
-            tokens = torch.multinomial(chances, num_samples=1)[:, 0]
+            tokens = self.texts.draw(texts, chances)
         else:
             tokens = scores.argmax(-1)
         self.texts.append(texts, tokens)

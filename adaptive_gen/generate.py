@@ -53,6 +53,11 @@ class AdaptiveMixin(_CausalLM):
         check_arguments(self, *args, **kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[reportAttributeAccessIssue]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the model's own class, which can be imported by its name, as ours cannot."""
+        _, (_, *args), *contents = super().__reduce_ex__(protocol)
+        return _new, (type(self).__bases__[1], *args), *contents
+
     def _sample(
         self,
         input_ids: Tensor,
@@ -150,6 +155,20 @@ class AdaptiveMixin(_CausalLM):
         )
 
 
+@functools.cache
+def adaptive_class(cls: type) -> type:
+    """The class of a wrapped model whose own class is `cls`."""
+    # The same name and module: transformers writes the class name into a saved configuration.
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (AdaptiveMixin, cls), namespace)
+
+
+def _new(cls: type, *args: Any) -> Any:
+    """A wrapped model without contents: what a pickled or copied one starts as."""
+    adaptive = adaptive_class(cls)
+    return adaptive.__new__(adaptive, *args)
+
+
 def _widened(dtype: torch.dtype) -> str:
     """What a user of a checkpoint in half precision is told."""
     name = str(dtype).removeprefix("torch.")
@@ -219,7 +238,9 @@ def _check_positions(positions: Tensor | None, row: int, length: int) -> None:
     if positions is None:
         return
     plain = torch.arange(length, device=positions.device)
-    if not torch.equal(positions[min(row, len(positions) - 1), -length:], plain):
+    if positions.dim() != 2 or not torch.equal(
+        positions[min(row, len(positions) - 1), -length:], plain
+    ):
         raise OptionError(
             "position_ids other than 0, 1, 2, ... cannot be honoured with adaptive=True; leave "
             "them out."

@@ -23,6 +23,7 @@ _NAMES = {
 }
 _LEARNED_POSITIONS = ("wpe", "embed_positions")
 _CACHE_KEYWORDS = ("past_key_values", "layer_past")
+_OF_ITS_OWN = ("forward", "_hf_hook")  # what an instance has that calls do not take from its class
 _SOME = torch.arange(2)  # tokens of any vocabulary
 
 
@@ -51,6 +52,15 @@ def check_attention(model: Any) -> None:
             "run layer by layer; rotary and learned positions can. Use the model without "
             "adaptive_gen."
         )
+
+
+def hooked(module: Any) -> bool:
+    """Whether calling a module does more than its class says: by hooks, or a `forward` of its own.
+
+    accelerate has hooks of another kind.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or not vars(module).keys().isdisjoint(_OF_ITS_OWN)
 
 
 def _lacking(model: Any, missing: list[str]) -> ModelError:
@@ -138,8 +148,7 @@ class Parts:
             factor *= float(own)
         elif type(module) is not nn.Embedding:
             return None
-        hooked = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)
-        return None if hooked or module.max_norm is not None else (module, factor)
+        return None if hooked(module) or module.max_norm is not None else (module, factor)
 
     def embed(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer.

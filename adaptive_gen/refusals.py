@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.logits_process import (
@@ -110,7 +111,7 @@ def _check_ids(ids: Any, mask: Any) -> None:
     if ids is None:
         return
     if isinstance(ids, Tensor):
-        if ids.dim() == 2 and not ids.is_floating_point() and not ids.is_complex():
+        if ids.dim() == 2 and len(ids) and ids.dtype in (torch.int64, torch.int32):
             # transformers would lengthen one that is too short.
             if isinstance(mask, Tensor) and mask.shape != ids.shape:
                 raise OptionError(
@@ -122,7 +123,7 @@ def _check_ids(ids: Any, mask: Any) -> None:
     else:
         came = type(ids).__name__
     raise OptionError(
-        f"the prompt is {came}; give token ids [batch, time], as "
+        f"the prompt is {came}; give token ids [batch, time] of int64, as "
         "generate(**tokenizer(text, return_tensors='pt'), ...) does."
     )
 

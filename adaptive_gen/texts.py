@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .drafting import Draft
 from .engine.drafts import DraftLength
+from .engine.lasting import lasting
 from .report import Step
 
 
@@ -74,6 +75,17 @@ class Texts:
         index = self._filled(rows)
         return self.logits_processor(ids[index], logits[index])[rows], logits
 
+    def draw(self, texts: list[Text], chances: Tensor) -> Tensor:
+        """A token of each of equally long texts, by its chances [rows, vocab]; [rows].
+
+        As transformers draws, which goes on drawing for rows that have ended: so the generator
+        gives the others the same numbers.
+        """
+        if len(texts) == len(self.rows):
+            return torch.multinomial(chances, num_samples=1)[:, 0]
+        rows = [text.row for text in texts]
+        return torch.multinomial(chances[self._filled(rows)], num_samples=1)[rows, 0]
+
     def _filled(self, rows: list[int]) -> list[int]:
         """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
 
@@ -87,6 +99,7 @@ class Texts:
         ids = self.ids[:, : texts[0].width]
         return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
 
+    @lasting()
     def append(self, texts: list[Text], tokens: Tensor) -> None:
         """Write the next token [rows] of each of equally long texts."""
         width = texts[0].width
@@ -99,6 +112,7 @@ class Texts:
         for text in texts:
             text.width += 1
 
+    @lasting()
     def extend(self, text: Text, tokens: list[int]) -> None:
         """Write the next tokens of one text."""
         width = text.width + len(tokens)

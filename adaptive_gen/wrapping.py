@@ -1,6 +1,5 @@
 """`wrap`: a transformers model learns `generate(adaptive=True, ...)`."""
 
-import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,17 +14,10 @@ from .engine.backend import Backend
 from .engine.rules import QUEUE_CAP
 from .errors import CalibrationError, ModelError, OptionError
 from .gate import Gate
-from .generate import AdaptiveMixin
+from .generate import AdaptiveMixin, adaptive_class
 from .settings import FIELDS, State, attach, state
 
 BUILTIN = Path(__file__).parent / "builtin"
-
-
-@functools.cache
-def _adaptive_class(cls: type) -> type:
-    # The same name and module: transformers writes the class name into a saved configuration.
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (AdaptiveMixin, cls), namespace)
 
 
 def wrap(
@@ -134,7 +126,7 @@ def examined(
 def _teach(model: Any) -> None:
     """Give the model our `generate` and its generation config our fields."""
     if not isinstance(model, AdaptiveMixin):
-        model.__class__ = _adaptive_class(type(model))
+        model.__class__ = adaptive_class(type(model))
     for name in FIELDS:
         if not hasattr(model.generation_config, name):
             setattr(model.generation_config, name, None)

@@ -91,13 +91,63 @@ def test_hooks_and_training_mode_are_honoured_while_they_last(tiny_llama):
     assert report(model.train()).engine == "module"
 
 
-def test_changed_weights_are_used(tiny_llama):
-    model = adaptive_gen.wrap(tiny_llama(), exit_layers=[2, 4])
-    settings = {"max_new_tokens": 30, "do_sample": False}
+def test_a_forward_of_its_own_is_called_wherever_it_is(tiny_llama):
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    inner = ("layers.1", "layers.1.mlp", "layers.1.self_attn", "norm", "embed_tokens")
+    for path in (*(f"model.{name}" for name in inner), "lm_head"):
+        for wrapped_before in (True, False):
+            model = tiny_llama(tie_word_embeddings=False)
+            if wrapped_before:
+                adaptive_gen.wrap(model).generate(PROMPT, adaptive=True, **settings)
+            plain = model.generate(PROMPT, **settings)
+            module = model.get_submodule(path)
+            module.forward = lambda *args, own=module.forward, **kwargs: -3 * own(*args, **kwargs)
+            if path.endswith("self_attn"):
+                module.forward = lambda *args, own=module.__class__.forward, it=module, **kwargs: (
+                    -3 * own(it, *args, **kwargs)[0],
+                    None,
+                )
+            expected = model.generate(PROMPT, **settings)
+            assert not torch.equal(expected, plain), path
+            model = adaptive_gen.wrap(model, engine="auto")
+            ours = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
+            assert torch.equal(ours, expected), (path, wrapped_before)
+
+
+def multiplied(model):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight.mul_(-2)
+
+
+def multiplied_data(model):
+    """As PEFT merges adapters; weights' versions do not count it."""
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= -2
+
+
+def head_multiplied(model):
+    model.lm_head.weight.data *= -2
+
+
+def trained(model):
+    """By the optimizer that transformers' Trainer takes, which counts no versions either."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [multiplied, multiplied_data, head_multiplied, trained])
+@pytest.mark.parametrize("engine", ["compiled", "fused"])
+def test_changed_weights_are_used(tiny_llama, engine, change):
+    model = adaptive_gen.wrap(tiny_llama(), exit_layers=[2, 4], engine=engine)
+    settings = {"max_new_tokens": 30, "do_sample": False}
+    before = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
+    change(model)
     expected = model.generate(PROMPT, **settings)
+    assert not torch.equal(before, expected)
     ours = model.generate(PROMPT, adaptive=True, threshold=1.0, **settings)
     assert torch.equal(ours, expected)
 

@@ -175,6 +175,21 @@ def test_num_return_sequences_and_seeded_sampling_are_transformers():
     assert torch.equal(model.generate(**settings, adaptive=True, threshold=1.0), expected)
 
 
+def test_rows_draw_on_as_transformers_does_when_others_have_ended():
+    model = wrapped("llama", dtype=torch.float32)
+    settings = {**padded(LENGTHS[:3]), "max_new_tokens": 15, "do_sample": True}
+    settings |= {"eos_token_id": list(range(2, 20)), "pad_token_id": 0}
+    ended = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = model.generate(**settings)
+        torch.manual_seed(seed)
+        ours = model.generate(**settings, adaptive=True, threshold=1.0)
+        assert torch.equal(ours, expected)
+        ended += int((ours[:, -1] == 0).sum())
+    assert ended > 2
+
+
 def test_scores_of_a_batch_are_transformers():
     model = wrapped("llama", dtype=torch.float32)
     settings = {

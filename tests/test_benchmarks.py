@@ -145,7 +145,8 @@ def test_a_sweep_changes_one_thing_at_a_time(monkeypatch):
     assert [(p["axis"], p["value"]) for p in points] == expected
     assert [p["exit_layers"] for p in points] == [[1], [1], [1], [1], [1, 3], [1], [1]]
     for point in points:
-        assert set(point["arms"]) == {"transformers", "full_depth", "adaptive"}
+        ours = {"full_depth", "adaptive", "propagate", "lossless"}
+        assert set(point["arms"]) == {"transformers", *ours}
         texts = point["value"] if point["axis"] == "batch" else 1
         assert {arm["new_tokens"] for arm in point["arms"].values()} == {4 * texts}
     ET.fromstring(figure.growth(points[:2]))

@@ -1,6 +1,7 @@
 """Wrapped models together with what else is done to models: adapters, precisions, offloading."""
 
 import copy
+import pickle
 
 import families
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import adaptive_gen
 from adaptive_gen.errors import ModelError
+from adaptive_gen.generate import LoopHandover
 from adaptive_gen.settings import state
 
 IDS = torch.randint(2, 96, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -148,6 +150,27 @@ def test_a_model_made_in_inference_mode_can_be_wrapped():
         assert_decodes_as_transformers(model)
 
 
+@pytest.mark.parametrize("engine", ["compiled", "fused", "module"])
+def test_a_text_begun_in_inference_mode_goes_on_outside_it(engine):
+    model = adaptive_gen.wrap(untied(), EXITS, engine=engine)
+    settings = {**FULL, "threshold": 0.01, "return_dict_in_generate": True}
+
+    def continued(mode):
+        with mode():
+            begun = model.generate(**{**settings, "max_new_tokens": 8})
+        longer = {"input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+        return model.generate(**{**settings, **longer}).sequences
+
+    def streamed(mode):
+        with mode():
+            loop = model.generate(**settings, streamer=LoopHandover())
+            first = next(iter(loop))
+        return [first.token, *(step.token for step in loop)]
+
+    assert torch.equal(continued(torch.inference_mode), continued(torch.no_grad))
+    assert streamed(torch.inference_mode) == streamed(torch.no_grad)
+
+
 # --- quantisation ---
 
 
@@ -213,11 +236,17 @@ def test_a_model_over_two_devices_decodes_as_on_one(family):
     assert model.generate(**{**FULL, "threshold": 0.0}).shape == expected.shape
 
 
-def test_a_wrapped_model_can_be_copied():
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_wrapped_model_can_be_copied(copied):
     """The copy decodes with its own weights, also where these change later."""
     model = adaptive_gen.wrap(untied(), EXITS)
     expected = model.generate(**FULL)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
+    assert type(twin) is type(model)
     with torch.no_grad():
         model.lm_head.weight.neg_()
         model.model.embed_tokens.weight.neg_()

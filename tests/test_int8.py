@@ -87,3 +87,21 @@ def test_a_model_that_fused_cannot_run_has_no_int8_weights(tiny_llama):
         adaptive_gen.wrap(tiny_llama(), engine="module", weights="int8")
     with pytest.raises(OptionError, match="weights='int4' is unknown; use one of own, int8"):
         adaptive_gen.wrap(tiny_llama(), weights="int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_long_prompts_are_what_they_are_alone(tiny_llama, dtype):
+    """Alone or among others, a prompt of any length runs through the same products."""
+    model = adaptive_gen.wrap(tiny_llama().to(dtype), weights="int8")
+    lengths, width = (150, 40, 97, 12), 150
+    ids = torch.randint(2, 96, (len(lengths), width), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[int(t >= width - n) for t in range(width)] for n in lengths])
+    settings = {"adaptive": True, "threshold": 0.01, "max_new_tokens": 20, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    whole = model.generate(ids, attention_mask=mask, **settings)
+    assert whole.report.engine == "compiled-int8"
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row : row + 1, width - length :], **settings)
+        assert alone.sequences[0, length:].tolist() == whole.sequences[row, width:].tolist()
+        for ours, theirs in zip(alone.logits, whole.logits, strict=True):
+            torch.testing.assert_close(ours[0], theirs[row], atol=1e-5, rtol=1e-5)

@@ -34,6 +34,7 @@ def model():
         ({"target_speedup": float("inf")}, ["target_speedup=inf", "1 or more"]),
         ({"policy": adaptive_gen.NeverExit}, ["NeverExit", "give an object"]),
         ({"attention_mask": torch.ones(1, 3)}, ["attention_mask is [1, 3]", "[1, 5]"]),
+        ({"position_ids": torch.arange(5)}, ["position_ids", "leave them out"]),
     ],
 )
 def test_keywords_of_generate(model, keywords, words):
@@ -49,6 +50,8 @@ def test_keywords_of_generate(model, keywords, words):
         ({"input_ids": torch.ones(1, 2).long()}, "dict"),
         (torch.tensor([5, 6]), "[2] tensor of int64"),
         (torch.ones(1, 2), "[1, 2] tensor of float32"),
+        (torch.ones(1, 2).bool(), "[1, 2] tensor of bool"),
+        (torch.ones(0, 3).long(), "[0, 3] tensor of int64"),
     ],
 )
 def test_a_prompt_that_is_no_token_ids(model, prompt, came):

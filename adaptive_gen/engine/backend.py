@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..confidence import Confidences
 from ..decoder import Decoder
 from ..errors import ModelError, OptionError
+from ..naming import hooked
 from . import graphs
 from .batch import BatchStretch, LosslessBatchStretch
 from .cache import KVCache
@@ -24,7 +25,7 @@ from .int8 import quantised_readout
 from .layer_parts import gain
 from .machine_code import compiling
 from .narrow import BITS
-from .prepared import Prepared, addresses, hooked, signature
+from .prepared import Prepared, Watched, addresses
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
 from .stretch import LosslessStretch, Pace, Stretch, unfit
@@ -75,17 +76,22 @@ class Backend:
                 f"engine={engine!r}; leave one of the two out."
             )
         self.decoder, self.engine, self.weights = decoder, engine, weights
+        self._measured_on = measured_on
         measured_on = measured_on.removesuffix("-int8")
         keeps = engine == "auto" and measured_on in (*TRIED["auto"], "module")
         self._kept = measured_on if keeps else ""
         self.name, self.reason = "module", ""
         self._prepared = Prepared(decoder, engine, weights, self._kept)
         self._compiled_stretches: set[tuple[str, str]] = set()
-        self._readout_signature: Any = None
+        self._watched_readout, self._readout_signature = Watched(), None
         self._readout: FusedReadout | CompiledReadout | GraphReadout | None = None
         self._paces: dict[tuple[str, int], Pace] = {}
         self._narrow = False  # whether the latest segments work in float32 and the model in less
         self._compile_s = 0.0  # spent on compiling stretches
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, pickled ones too, prepare weights of their own."""
+        return type(self), (self.decoder, self.engine, self.weights, self._measured_on)
 
     @property
     def warm_up_s(self) -> float:
@@ -209,7 +215,7 @@ class Backend:
         elif self._prepared.too_large(weights):
             return None
         else:
-            state = (self.name, signature(weights))
+            state = (self.name, self._watched_readout.signature(weights))
         if state != self._readout_signature:
             self._readout, self._readout_signature = self._made_readout(*parts), state
         return self._readout

@@ -190,11 +190,14 @@ def longest(model: FusedModel) -> int:
 
 
 def in_pieces(model: FusedModel) -> bool:
-    """Whether the kernels run many tokens of a model too: in half precision, if torch is slow.
+    """Whether the kernels run many tokens of a model too.
 
-    Rotations that depend on how long a text is are those of a whole prompt, and not of its pieces.
+    They do in 8 bits, where torch's product is for few tokens, and rounds states to bfloat16; and
+    in half precision, if torch is slow. Rotations that depend on how long a text is are those of a
+    whole prompt, and not of its pieces.
     """
-    return model.narrow and model.turns.tabled and is_slow(model.decoder.dtype)
+    slow = model.rounded or (model.narrow and is_slow(model.decoder.dtype))
+    return slow and model.turns.tabled
 
 
 @lru_cache

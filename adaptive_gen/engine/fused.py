@@ -78,6 +78,11 @@ class FusedModel:
         """Whether its matrices stay as the modules have them, for kernels to read."""
         return isinstance(self.layers[0].qkv, NarrowMatrix)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether its matrices are rounded to 8 bits."""
+        return isinstance(self.layers[0].qkv, Int8Matrix)
+
 
 @dataclass(frozen=True)
 class FusedSegment:

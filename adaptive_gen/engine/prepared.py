@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decoder import Decoder
+from ..naming import hooked
 from .compiled import prepared
 from .fused import FusedModel, Matrix
 from .fusing import Kept, fuse, narrowed, stacked
@@ -21,16 +22,38 @@ from .team import threads
 # Weights are copied, half precision once and all else twice: for `fused`, and in panels. Beyond
 # this it is only done when asked for.
 MOST_COPIED_BYTES = 4 << 30
+_SAMPLED = 8  # numbers of each weight that are looked at to tell whether it has changed
 
 
-def hooked(module: Any) -> bool:
-    """Whether calling the module does more than its class says; accelerate has hooks of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module))
+class Watched:
+    """Weights that may be trained, merged or moved, so that new copies of them are needed.
+
+    Not all that writes into a weight counts its versions up: fused optimizers do not, nor what is
+    done to `.data`, as PEFT's merging is. So a few numbers of each are looked at, too.
+    """
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._versions: list[tuple[int, int]] = []
+        self._samples: list[Tensor] = []  # views of the weights
+
+    def signature(self, weights: Sequence[Any]) -> Any:
+        """Differs from an earlier one if these weights do."""
+        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if versions != self._versions:
+            self._versions = versions
+            self._samples = [_sample(w.detach()) for w in weights if not w.is_meta]
+        if not self._samples:
+            return versions, b""
+        numbers = torch.cat(self._samples).cpu().view(torch.uint8)
+        return versions, numbers.numpy().tobytes()
 
 
-def signature(weights: Sequence[Any]) -> list[tuple[int, int]]:
-    """Changes when weights were trained, merged or moved since, so that new copies are needed."""
-    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+def _sample(weight: Tensor) -> Tensor:
+    """A view of some numbers out of the middle: a first token, for one, is hardly ever trained."""
+    line = weight[tuple(n // 2 for n in weight.shape[:-1])] if weight.dim() else weight.view(1)
+    first = max(0, min(len(line) // 2, len(line) - _SAMPLED))
+    return line[first : first + _SAMPLED]
 
 
 def addresses(weights: Sequence[Any]) -> list[int]:
@@ -76,7 +99,7 @@ class Prepared:
         self.compiled: CompiledModel | None = None
         self.graphs: Graphs | None = None
         self._compile_s = 0.0
-        self._signatures: dict[str, Any] = {}
+        self._watched, self._signatures = Watched(), dict[str, Any]()
         self._causes: dict[str, str] = {}
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._parameters: list[Any] = []  # of the layers as they are now
@@ -93,7 +116,7 @@ class Prepared:
             return "the model is in training mode, which model.eval() ends"
         self._parameters, hooks = _within(layers)
         if hooks:
-            return "hooks on its layers would not be called"
+            return "hooks on its layers, or a forward of their own, would not be called"
         others = {type(w).__name__ for w in self._parameters if type(w) is not nn.Parameter}
         if others:
             return f"its weights are no plain tensors but {', '.join(sorted(others))}"
@@ -142,7 +165,7 @@ class Prepared:
 
     def _unprepared(self) -> str:
         """Why the layers cannot be prepared for other ways to run them than their own."""
-        state = signature(self._parameters)
+        state = self._watched.signature(self._parameters)
         if state != self._signatures.get("fused"):
             self.fused, self._stacks = None, {}
             self._causes["fused"] = self._fuse()

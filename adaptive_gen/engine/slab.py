@@ -8,8 +8,7 @@ Axes: `slots` (rows of the buffers), `kv_heads`, `capacity`, `head_dim`, `tokens
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +16,9 @@ from torch import Tensor
 
 from ..kernels.plan import Heads, Plan
 from .cache import KVCache, Span
+from .lasting import lasting
 
 _KEPT = 2  # slabs that wait to be lent again; more would only hold memory
-
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """Tensors made here may be written in any mode later, which inference mode's may not."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class Workspace:
