@@ -104,4 +104,4 @@ def test_rows_with_long_prompts_are_what_they_are_alone(tiny_llama, dtype):
         alone = model.generate(ids[row : row + 1, width - length :], **settings)
         assert alone.sequences[0, length:].tolist() == whole.sequences[row, width:].tolist()
         for ours, theirs in zip(alone.logits, whole.logits, strict=True):
-            torch.testing.assert_close(ours[0], theirs[row], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours[0], theirs[row], atol=1e-3, rtol=1e-3)
