@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adaptive_gen.paired import generate
 from adaptive_gen.prompts import Prompt, inputs
+from adaptive_gen.settings import state
 from adaptive_gen.ui import progress
 
 BATCHES = (1, 4, 16)
@@ -22,8 +23,13 @@ FULL_DEPTH = "full depth"
 _SCHEDULES = ("stepwise", "lockstep")
 
 
-def arms(rows: int) -> dict[str, dict[str, Any]]:
-    """Name -> keywords of `generate`; with one row there is one schedule."""
+def arms(rows: int, checked: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Name -> keywords of `generate`; with one row there is one schedule.
+
+    Args:
+        rows: of a batch.
+        checked: keywords that have exits checked where a calibration found that they do not pay.
+    """
     modes = {
         "lossy, recompute": {"kv": "recompute"},
         "lossy, propagate": {"kv": "propagate"},
@@ -35,6 +41,8 @@ def arms(rows: int) -> dict[str, dict[str, Any]]:
             found[f"{name}, {schedule}"] = {**mode, "schedule": schedule}
         elif schedule == _SCHEDULES[0]:
             found[name] = mode
+        if checked and rows > 1 and schedule == _SCHEDULES[0]:
+            found[f"{name}, exits checked"] = {**mode, **checked}
     return {name: {"adaptive": True, **keywords} for name, keywords in found.items()}
 
 
@@ -50,7 +58,11 @@ def run(
 def _batch(model: Any, ids: list[Tensor], rows: int, tokens: int, rounds: int) -> dict[str, Any]:
     wanted = max(rows, 16) // rows  # as many texts at every size
     batches = [torch.cat(ids[i * rows : (i + 1) * rows]) for i in range(wanted)]
-    ways, settings = arms(rows), {"max_new_tokens": tokens}
+    checked = None
+    if calibration := state(model).calibration:
+        point = calibration.point
+        checked = {"threshold": point.threshold, "exit_layers": [*point.exit_layers]}
+    ways, settings = arms(rows, checked), {"max_new_tokens": tokens}
     seconds = {name: np.zeros((len(batches), rounds)) for name in ways}
     written = dict.fromkeys(ways, 0)
     texts: dict[str, list[Tensor]] = {name: [] for name in ways}
