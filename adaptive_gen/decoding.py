@@ -95,6 +95,7 @@ class TokenLoop:
         if settings.lossless:
             self._limit_drafts()
         self._stretch = backend.stretch(self.scheduler) if self._plain() else None
+        self._midway = False  # whether queues and cache are being changed, or were when it ended
         self.prefill_s = self.decode_s = 0.0
 
     @property
@@ -113,7 +114,7 @@ class TokenLoop:
     @torch.no_grad()
     def _next(self) -> list[Step]:
         """Decode until there are new tokens, or a row goes on to its next segment."""
-        clock = time.perf_counter()
+        clock, self._midway = time.perf_counter(), True
         first = any(not text.steps for text in self.texts.rows)
         if self._stretch is not None and not first:
             steps = self._run_stretch()
@@ -125,6 +126,7 @@ class TokenLoop:
             self.prefill_s += seconds
         else:
             self.decode_s += seconds
+        self._midway = False
         return steps
 
     @torch.no_grad()
@@ -325,8 +327,11 @@ class TokenLoop:
         )
 
     def cache(self) -> AdaptiveCache | None:
-        """What the next generation can start from, if this was one text."""
-        if len(self.texts.rows) > 1 or not self.texts.rows[0].steps:
+        """What the next generation can start from, if this was one text, and left between tokens.
+
+        Ctrl-C comes up at any place, most likely just behind a kernel.
+        """
+        if len(self.texts.rows) > 1 or not self.texts.rows[0].steps or self._midway:
             return None
         text = self.texts.rows[0]
         start, stop = self.texts.prompts.shape[1], self.texts.prompts.shape[1] + len(text.steps)

@@ -55,8 +55,11 @@ class AdaptiveMixin(_CausalLM):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the model's own class, which can be imported by its name, as ours cannot."""
-        _, (_, *args), *contents = super().__reduce_ex__(protocol)
-        return _new, (type(self).__bases__[1], *args), *contents
+        made, args, *contents = super().__reduce_ex__(protocol)
+        ours, *others = type(self).__bases__
+        if ours is not AdaptiveMixin or args[:1] != (type(self),):
+            return made, args, *contents
+        return _new, (*others, *args[1:]), *contents
 
     def _sample(
         self,

@@ -23,7 +23,6 @@ _NAMES = {
 }
 _LEARNED_POSITIONS = ("wpe", "embed_positions")
 _CACHE_KEYWORDS = ("past_key_values", "layer_past")
-_OF_ITS_OWN = ("forward", "_hf_hook")  # what an instance has that calls do not take from its class
 _SOME = torch.arange(2)  # tokens of any vocabulary
 
 
@@ -57,10 +56,13 @@ def check_attention(model: Any) -> None:
 def hooked(module: Any) -> bool:
     """Whether calling a module does more than its class says: by hooks, or a `forward` of its own.
 
-    accelerate has hooks of another kind.
+    What is there when accelerate has taken its hooks away is the class's own once more.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or not vars(module).keys().isdisjoint(_OF_ITS_OWN)
+    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
+        return True
+    own = vars(module).get("forward")
+    of_its_class = getattr(own, "__func__", None) is getattr(type(module), "forward", None)
+    return own is not None and not (of_its_class and own.__self__ is module)
 
 
 def _lacking(model: Any, missing: list[str]) -> ModelError:

@@ -123,7 +123,7 @@ def _check_ids(ids: Any, mask: Any) -> None:
     else:
         came = type(ids).__name__
     raise OptionError(
-        f"the prompt is {came}; give token ids [batch, time] of int64, as "
+        f"the prompt is {came}; give token ids [batch, time], at least one text of int64, as "
         "generate(**tokenizer(text, return_tensors='pt'), ...) does."
     )
 

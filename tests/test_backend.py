@@ -152,6 +152,31 @@ def test_changed_weights_are_used(tiny_llama, engine, change):
     assert torch.equal(ours, expected)
 
 
+class Narrower(torch.nn.Module):
+    """A layer in float8, which is no number to most of torch."""
+
+    def __init__(self, linear):
+        super().__init__()
+        narrow = linear.weight.detach().to(torch.float8_e4m3fn)
+        self.weight = torch.nn.Parameter(narrow, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("odd", ["narrower", "empty"])
+def test_odd_weights_are_left_to_the_model(tiny_llama, odd):
+    model, settings = tiny_llama(), {"max_new_tokens": 12, "do_sample": False}
+    for layer in model.model.layers:
+        if odd == "narrower":
+            layer.mlp.up_proj = Narrower(layer.mlp.up_proj)
+        else:
+            layer.mlp.nothing = torch.nn.Parameter(torch.empty(0, 4))
+    expected = model.generate(PROMPT, **settings)
+    adaptive_gen.wrap(model)
+    assert torch.equal(model.generate(PROMPT, adaptive=True, threshold=1.0, **settings), expected)
+
+
 @pytest.mark.parametrize("what", ["fuse", "prepared"])
 def test_preparing_that_was_interrupted_is_done_again(tiny_llama, monkeypatch, what):
     """And changed weights are not forgotten over it."""

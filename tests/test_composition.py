@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import adaptive_gen
+from adaptive_gen.engine.scheduler import Scheduler
+from adaptive_gen.engine.stretch import Pace
 from adaptive_gen.errors import ModelError
 from adaptive_gen.generate import LoopHandover
 from adaptive_gen.settings import state
@@ -163,12 +165,13 @@ def test_a_text_begun_in_inference_mode_goes_on_outside_it(engine):
 
     def streamed(mode):
         with mode():
-            loop = model.generate(**settings, streamer=LoopHandover())
-            first = next(iter(loop))
-        return [first.token, *(step.token for step in loop)]
+            steps = iter(model.generate(**settings, streamer=LoopHandover()))
+            first = next(steps)
+        return [first.token, *(step.token for step in steps)]
 
     assert torch.equal(continued(torch.inference_mode), continued(torch.no_grad))
-    assert streamed(torch.inference_mode) == streamed(torch.no_grad)
+    whole = model.generate(**settings).sequences[0, IDS.shape[1] :].tolist()
+    assert streamed(torch.inference_mode) == streamed(torch.no_grad) == whole
 
 
 # --- quantisation ---
@@ -236,6 +239,25 @@ def test_a_model_over_two_devices_decodes_as_on_one(family):
     assert model.generate(**{**FULL, "threshold": 0.0}).shape == expected.shape
 
 
+@pytest.mark.parametrize("engine", ["compiled", "fused"])
+def test_a_cache_is_not_handed_on_by_who_was_interrupted_within_a_token(engine, monkeypatch):
+    """Ctrl-C comes up behind a kernel, when queues and cache do not yet say what has been run."""
+    model = adaptive_gen.wrap(untied(), EXITS, engine=engine)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    loop = model.generate(**{**FULL, "threshold": 0.01}, streamer=LoopHandover())
+    steps = iter(loop)
+    next(steps)
+    assert loop.cache() is not None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pace, "keep", interrupted)
+        patch.setattr(Scheduler, "_ask", interrupted)
+        next(steps)
+    assert loop.cache() is None and loop.report().new_tokens == 1
+
+
 def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -252,3 +274,23 @@ def test_a_wrapped_model_can_be_copied(copied):
         model.model.embed_tokens.weight.neg_()
     assert torch.equal(twin.generate(**FULL), expected)
     assert not torch.equal(model.generate(**FULL), expected)
+
+
+def test_a_class_derived_from_a_wrapped_models_can_be_copied():
+    model = adaptive_gen.wrap(untied(), EXITS)
+    model.__class__ = type("Mine", (type(model),), {})
+    assert torch.equal(copy.deepcopy(model).generate(**FULL), model.generate(**FULL))
+
+
+def test_a_model_that_accelerate_has_let_go_of_is_as_before():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = adaptive_gen.wrap(untied(), EXITS)
+    expected = model.generate(**FULL)
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer.mlp, hooks.ModelHook())
+    assert torch.equal(model.generate(**FULL), expected)
+    assert state(model).backend.name == "module"
+    for layer in model.model.layers:
+        hooks.remove_hook_from_module(layer.mlp)
+    assert torch.equal(model.generate(**FULL), expected)
+    assert state(model).backend.name == "compiled"

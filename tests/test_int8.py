@@ -105,3 +105,12 @@ def test_rows_with_long_prompts_are_what_they_are_alone(tiny_llama, dtype):
         assert alone.sequences[0, length:].tolist() == whole.sequences[row, width:].tolist()
         for ours, theirs in zip(alone.logits, whole.logits, strict=True):
             torch.testing.assert_close(ours[0], theirs[row], atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_states_are_read_out_alike_however_many_they_are(tiny_llama):
+    backend = Backend(Decoder(tiny_llama().eval()), "compiled", "int8")
+    backend.segments([6])
+    readout, hidden = backend.readout(), torch.randn(40, 32)
+    apart = torch.cat([readout(states, 6) for states in hidden.split(8)])
+    torch.testing.assert_close(readout(hidden, 6), apart, atol=1e-3, rtol=1e-3)

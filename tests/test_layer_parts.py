@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import families
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import adaptive_gen
 from adaptive_gen.decoder import Decoder
@@ -131,6 +132,13 @@ class SiluTimes(torch.nn.Module):
         return torch.nn.functional.silu(gate) * up
 
 
+class OtherMLP(LlamaMLP):
+    """An MLP with such an activation."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
+
+
 @pytest.mark.parametrize("what", ["norms", "order", "activation"])
 def test_layers_built_otherwise_are_left_to_the_modules_or_done_right(tiny_llama, what):
     model = tiny_llama()
@@ -138,10 +146,7 @@ def test_layers_built_otherwise_are_left_to_the_modules_or_done_right(tiny_llama
         if what == "norms":  # whose eps is that of the dtype, and not said
             layer.input_layernorm = torch.nn.RMSNorm(32)
         if what == "activation":
-            layer.mlp.act_fn = SiluTimes()
-            layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(
-                m.act_fn(m.gate_proj(x), m.up_proj(x))
-            )
+            layer.mlp.act_fn, layer.mlp.__class__ = SiluTimes(), OtherMLP
     if what == "order":  # their indices stay what they were
         first, second, *others = model.model.layers
         model.model.layers = torch.nn.ModuleList([second, first, *others])

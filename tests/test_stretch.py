@@ -321,15 +321,16 @@ def test_rows_draft_and_are_judged_each_by_itself(
     assert ours.sequences.tolist() == batch(model, threshold=1.0).sequences.tolist()
 
 
-def test_more_drafts_are_judged_than_are_read_out_at_once(tiny_llama, stretches):
-    """Layers behind the first exit that add nothing let every draft stand, and others follow."""
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_more_drafts_are_judged_than_are_read_out_at_once(tiny_llama, stretches, share):
+    """Layers behind the first exit that add little let most drafts stand; nothing, every one."""
     model = tiny_llama(eos_token_id=None)
     with torch.no_grad():
         for layer in model.model.layers[2:]:
-            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.mul_(share), layer.mlp.down_proj.weight.mul_(share)
     kwargs = {"lossless": True, "policy": FixedExit(2), "max_new_tokens": 90}
     ours = batch(wrapped(model, queue_cap=12), **kwargs)
-    assert ours.report.accepted == ours.report.drafted
+    assert (ours.report.accepted == ours.report.drafted) == (share == 0)
     assert ours.report.drafted > LosslessBatchStretch._rows_read * ours.report.deep_passes
     stretches.off()
     assert_same_drafts_of_rows(ours, batch(model, **kwargs))

@@ -10,7 +10,7 @@ from ..report import Step
 from .lasting import lasting
 from .machine_code import kernel
 from .scheduler import Scheduler
-from .stretch import Pace, Stretch
+from .stretch import LosslessStretch, Pace, Stretch
 
 
 class BatchStretch(Stretch):
@@ -53,7 +53,9 @@ class BatchStretch(Stretch):
         clock = time.perf_counter()
         stood = self._decode_rows(
             (np.array(tokens), np.array([*ends], np.int64)),
-            (count, limits),
+            count,
+            limits,
+            np.array([row.cap for row in rows]),
             (self._model, desk, state, asking, (*results, chosen)),
         )
         self._pace.keep(time.perf_counter() - clock, int(stood.max()))
@@ -85,44 +87,39 @@ class BatchStretch(Stretch):
                     result[r, i] = part
         return results
 
-    def _decode_rows(self, tokens: Any, most: Any, parts: Any) -> Any:
+    def _decode_rows(self, tokens: Any, count: int, most: Any, caps: Any, parts: Any) -> Any:
         """Call the kernel; see `kernels.batch`.
 
         Args:
             tokens: each text's last, and those that end one.
-            most: tokens to decode, and how many end each text, [rows].
+            count: tokens to decode.
+            most: how many end each text, [rows].
+            caps: see there; likewise `parts`.
             parts: what the kernel works on.
 
         Returns:
             How many tokens of each row stand.
         """
-        rules, count = self._scheduler.rules, np.full(len(most[1]), most[0])
-        caps, propagate = np.full(len(count), rules.queue_cap), int(rules.kv == "propagate")
-        kernel("batch").decode(*tokens, count, caps, rules.shallow_passes, propagate, *parts)
-        return parts[-1][-1]
+        rules, (*_, (*_, chosen)) = self._scheduler.rules, parts
+        propagate = int(rules.kv == "propagate")
+        kernel("batch").decode(*tokens, most, caps, rules.shallow_passes, propagate, *parts)
+        return chosen
 
 
-class LosslessBatchStretch(BatchStretch):
+class LosslessBatchStretch(LosslessStretch, BatchStretch):
     """Stretches of several texts in which full depth has the last word."""
 
-    _rows_read = 8
-
-    @property
-    def _surplus(self) -> int:
-        return self._room  # the drafts of one deep pass, and the token that it chooses itself
-
-    def _decode_rows(self, tokens: Any, most: Any, parts: Any) -> Any:
-        rows, rules = self._scheduler.rows, self._scheduler.rules
+    def _decode_rows(self, tokens: Any, count: int, most: Any, caps: Any, parts: Any) -> Any:
+        rows, (*others, results) = self._scheduler.rows, parts
         lengths = [row.draft_length for row in rows if row.draft_length is not None]
         assert len(lengths) == len(rows), "every row knows how much it drafts"
-        caps, stood = np.array([row.cap for row in rows]), np.zeros(len(rows), np.int64)
-        records = np.stack([length.record for length in lengths])
-        *others, results = parts
+        records, stood = np.stack([length.record for length in lengths]), np.zeros_like(caps)
         kernel("batch_lossless").decode(
             *tokens,
-            *most,
+            count,
+            most,
             caps,
-            rules.shallow_passes,
+            self._scheduler.rules.shallow_passes,
             (records, lengths[0].shallow, lengths[0].most),
             *others,
             (*results, stood),

@@ -43,7 +43,7 @@ class CompiledReadout:
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         rows = hidden.shape[0]
-        if rows > MOST_ROWS and isinstance(self._long.head, NarrowMatrix):
+        if rows > MOST_ROWS and isinstance(self._long.head, NarrowMatrix | Int8Matrix):
             return torch.cat([self(part) for part in hidden.split(MOST_ROWS)])
         if rows > MOST_ROWS:
             return self._long(hidden)

@@ -1,7 +1,7 @@
 """How many tokens a text should draft before a deep pass judges them.
 
-The functions are plain enough to be compiled, and `kernels.lossless` does: in both worlds they are
-the same.
+The functions are plain enough to be compiled, and `kernels.lossless` and `kernels.batch_lossless`
+do: in both worlds they are the same.
 """
 
 from typing import Any

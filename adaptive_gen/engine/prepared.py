@@ -25,35 +25,22 @@ MOST_COPIED_BYTES = 4 << 30
 _SAMPLED = 8  # numbers of each weight that are looked at to tell whether it has changed
 
 
-class Watched:
-    """Weights that may be trained, merged or moved, so that new copies of them are needed.
+def signature(weights: Sequence[Any]) -> Any:
+    """Differs from an earlier one if these weights were trained, merged or moved since.
 
     Not all that writes into a weight counts its versions up: fused optimizers do not, nor what is
     done to `.data`, as PEFT's merging is. So a few numbers of each are looked at, too.
     """
-
-    def __init__(self) -> None:
-        """Watch nothing yet."""
-        self._versions: list[tuple[int, int]] = []
-        self._samples: list[Tensor] = []  # views of the weights
-
-    def signature(self, weights: Sequence[Any]) -> Any:
-        """Differs from an earlier one if these weights do."""
-        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-        if versions != self._versions:
-            self._versions = versions
-            self._samples = [_sample(w.detach()) for w in weights if not w.is_meta]
-        if not self._samples:
-            return versions, b""
-        numbers = torch.cat(self._samples).cpu().view(torch.uint8)
-        return versions, numbers.numpy().tobytes()
+    versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+    samples = [_sample(w.detach()) for w in weights if w.numel() and not w.is_meta]
+    return versions, torch.cat(samples).numpy().tobytes() if samples else b""
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A view of some numbers out of the middle: a first token, for one, is hardly ever trained."""
+    """Some numbers out of the middle as bytes: a first token, for one, is hardly ever trained."""
     line = weight[tuple(n // 2 for n in weight.shape[:-1])] if weight.dim() else weight.view(1)
     first = max(0, min(len(line) // 2, len(line) - _SAMPLED))
-    return line[first : first + _SAMPLED]
+    return line[first : first + _SAMPLED].contiguous().view(torch.uint8).cpu()
 
 
 def addresses(weights: Sequence[Any]) -> list[int]:
@@ -99,7 +86,7 @@ class Prepared:
         self.compiled: CompiledModel | None = None
         self.graphs: Graphs | None = None
         self._compile_s = 0.0
-        self._watched, self._signatures = Watched(), dict[str, Any]()
+        self._signatures: dict[str, Any] = {}
         self._causes: dict[str, str] = {}
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._parameters: list[Any] = []  # of the layers as they are now
@@ -165,7 +152,7 @@ class Prepared:
 
     def _unprepared(self) -> str:
         """Why the layers cannot be prepared for other ways to run them than their own."""
-        state = self._watched.signature(self._parameters)
+        state = signature(self._parameters)
         if state != self._signatures.get("fused"):
             self.fused, self._stacks = None, {}
             self._causes["fused"] = self._fuse()

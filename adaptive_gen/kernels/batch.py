@@ -5,8 +5,8 @@ in front of it, with all that waits there for them. What changes with several te
 
 - `desk`: besides hidden states [room, hidden in whole panels] and places [room, 2], turns of the
   tokens on it [room, kinds, head_dim / 2, 2]; hidden states to read out [reading, hidden in whole
-  panels]; notes on rows that take part, [3, rows]: which they are, where on the desk their newest
-  token lies, and what a step wants to remember; then turns of every position and buffers. `room`
+  panels]; notes on rows that take part, [4, rows]: which they are, where on the desk their newest
+  token lies, and two that a step may use; then turns of every position and buffers. `room`
   is that of a block of all rows.
 - `state`: what waits is [segments, rows, room of a row, hidden in whole panels], how much of it and
   the lengths [segments, rows]; then the segment each row's newest token waits in front of, -1 if it
@@ -89,6 +89,11 @@ def _pass_on(s: int, block: int, desk: Any, state: Any) -> None:
 def run(s: int, stages: Any, model: Any, desk: Any, state: Any) -> Any:
     """Run segment s on all that waits there for rows whose stage it is, and let it wait further on.
 
+    Args:
+        s: which one.
+        stages: of each row, [rows]; others than s are left out.
+        model: see above; likewise `desk`, `state`.
+
     Returns:
         The length of the block, which is on the desk, and how many rows it is of.
     """
@@ -139,7 +144,16 @@ def _store(s: int, stages: Any, staying: int, model: Any, desk: Any, state: Any)
 
 @borrowing
 def advance(shallow_passes: int, propagate: int, model: Any, desk: Any, state: Any) -> Any:
-    """Run what comes next, for the rows that wait there; returns the segment and how many rows."""
+    """Run what comes next, for the rows that wait there.
+
+    Args:
+        shallow_passes: see `decode`; likewise `propagate`.
+        propagate: 1 or 0.
+        model: see above; likewise `desk`, `state`.
+
+    Returns:
+        The segment, and how many rows.
+    """
     _, _, counts, _, stages, shallow, tallies = state
     s, last = _next_segment(stages, shallow, shallow_passes), counts.shape[0] - 1
     if propagate:
@@ -166,7 +180,14 @@ def ask(
     asking: Any,
     results: Any,
 ) -> None:
-    """Let rows that have run segment s leave there, if they may."""
+    """Let rows leave that have run a segment, if they may.
+
+    Args:
+        s: the segment.
+        rows: how many have run it; the notes say which.
+        caps: see above; likewise the rest.
+        propagate: see `decode`.
+    """
     x, _, _, reading, notes, _, _ = desk
     _, _, counts, _, stages, _, _ = state
     asked, least, firsts, measure, worth, records = asking

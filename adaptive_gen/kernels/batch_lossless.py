@@ -27,7 +27,9 @@ _best_length = kept(drafts.best_length)
 def _flush(flushed: Any, model: Any, desk: Any, state: Any) -> int:
     """Run all that waits for some rows through to the end; returns how many they are.
 
-    flushed: 0 for these rows, -1 for others, [rows]; changed.
+    Args:
+        flushed: 0 for these rows, -1 for others, [rows]; changed.
+        model: see `batch`; likewise `desk`, `state`.
     """
     counts, tallies = state[2], state[6]
     block = rows = 0
