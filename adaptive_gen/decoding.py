@@ -23,7 +23,7 @@ from .audit import Auditor, GuardedPolicy
 from .drafting import Draft, confirm
 from .engine.backend import Backend
 from .engine.drafts import DraftLength
-from .engine.lasting import lasting
+from .engine.lasting import makes_lasting
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
 from .report import AdaptiveOutput, Report, Step
@@ -37,7 +37,7 @@ _MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
 class TokenLoop:
     """A batch of texts being generated: iterate over it for its `Step`s."""
 
-    @lasting()
+    @makes_lasting
     def __init__(
         self,
         backend: Backend,

@@ -58,11 +58,14 @@ def hooked(module: Any) -> bool:
 
     What is there when accelerate has taken its hooks away is the class's own once more.
     """
-    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
+    if module._forward_hooks or module._forward_pre_hooks:
         return True
-    own = vars(module).get("forward")
+    contents = vars(module)
+    if "forward" not in contents:  # as a rule, and this is asked of every module at every call
+        return "_hf_hook" in contents
+    own = contents["forward"]
     of_its_class = getattr(own, "__func__", None) is getattr(type(module), "forward", None)
-    return own is not None and not (of_its_class and own.__self__ is module)
+    return "_hf_hook" in contents or not (of_its_class and own.__self__ is module)
 
 
 def _lacking(model: Any, missing: list[str]) -> ModelError:

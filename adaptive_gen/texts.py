@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .drafting import Draft
 from .engine.drafts import DraftLength
-from .engine.lasting import lasting
+from .engine.lasting import makes_lasting
 from .report import Step
 
 
@@ -99,7 +99,7 @@ class Texts:
         ids = self.ids[:, : texts[0].width]
         return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
 
-    @lasting()
+    @makes_lasting
     def append(self, texts: list[Text], tokens: Tensor) -> None:
         """Write the next token [rows] of each of equally long texts."""
         width = texts[0].width
@@ -112,7 +112,7 @@ class Texts:
         for text in texts:
             text.width += 1
 
-    @lasting()
+    @makes_lasting
     def extend(self, text: Text, tokens: list[int]) -> None:
         """Write the next tokens of one text."""
         width = text.width + len(tokens)

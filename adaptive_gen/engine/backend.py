@@ -25,7 +25,7 @@ from .int8 import quantised_readout
 from .layer_parts import gain
 from .machine_code import compiling
 from .narrow import BITS
-from .prepared import Prepared, addresses, signature
+from .prepared import Prepared, Watched, addresses
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
 from .stretch import LosslessStretch, Pace, Stretch, unfit
@@ -83,7 +83,7 @@ class Backend:
         self.name, self.reason = "module", ""
         self._prepared = Prepared(decoder, engine, weights, self._kept)
         self._compiled_stretches: set[tuple[str, str]] = set()
-        self._readout_signature: Any = None
+        self._watched, self._readout_signature = Watched(), None  # of the norm and the head
         self._readout: FusedReadout | CompiledReadout | GraphReadout | None = None
         self._paces: dict[tuple[str, int], Pace] = {}
         self._narrow = False  # whether the latest segments work in float32 and the model in less
@@ -215,7 +215,7 @@ class Backend:
         elif self._prepared.too_large(weights):
             return None
         else:
-            state = (self.name, signature(weights))
+            state = (self.name, self._watched.signature(weights))
         if state != self._readout_signature:
             self._readout, self._readout_signature = self._made_readout(*parts), state
         return self._readout

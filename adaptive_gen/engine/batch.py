@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..report import Step
-from .lasting import lasting
+from .lasting import makes_lasting
 from .machine_code import kernel
 from .scheduler import Scheduler
 from .stretch import LosslessStretch, Pace, Stretch
@@ -28,7 +28,7 @@ class BatchStretch(Stretch):
         notes = np.zeros((4, len(scheduler.rows)), np.int64)
         self._tops = self._places, turn, reading, notes
 
-    @lasting()
+    @makes_lasting
     def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows

@@ -1,6 +1,7 @@
 """A model's weights as its back ends need them: made once, and anew when the model has changed."""
 
 from collections.abc import Sequence
+from ctypes import string_at
 from typing import Any
 
 import torch
@@ -25,22 +26,44 @@ MOST_COPIED_BYTES = 4 << 30
 _SAMPLED = 8  # numbers of each weight that are looked at to tell whether it has changed
 
 
-def signature(weights: Sequence[Any]) -> Any:
-    """Differs from an earlier one if these weights were trained, merged or moved since.
+class Watched:
+    """Weights that may be trained, merged or moved, so that new copies of them are needed.
 
     Not all that writes into a weight counts its versions up: fused optimizers do not, nor what is
     done to `.data`, as PEFT's merging is. So a few numbers of each are looked at, too.
     """
-    versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-    samples = [_sample(w.detach()) for w in weights if w.numel() and not w.is_meta]
-    return versions, torch.cat(samples).numpy().tobytes() if samples else b""
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._versions: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int]] = []  # addresses and bytes, of those in main memory
+
+    def signature(self, weights: Sequence[Any]) -> Any:
+        """Differs from an earlier one if these weights do."""
+        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if versions != self._versions:
+            here = [w for w in weights if w.is_cpu and w.numel() and w.data_ptr()]
+            self._versions, self._places = versions, [_place(w, _middle(w)) for w in here]
+        # Weights that lie where they lay are as large as they were.
+        samples = [string_at(*place) for place in self._places]
+        away = [w for w in weights if not (w.is_cpu or w.is_meta) and w.numel()]
+        return versions, samples, [w.detach()[_middle(w)].float().tolist() for w in away]
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Some numbers out of the middle as bytes: a first token, for one, is hardly ever trained."""
-    line = weight[tuple(n // 2 for n in weight.shape[:-1])] if weight.dim() else weight.view(1)
-    first = max(0, min(len(line) // 2, len(line) - _SAMPLED))
-    return line[first : first + _SAMPLED].contiguous().view(torch.uint8).cpu()
+def _middle(weight: Tensor) -> tuple[Any, ...]:
+    """Where a weight's sample is: a first token, for one, is hardly ever trained."""
+    if not weight.dim():
+        return ()
+    *others, length = weight.shape
+    first = max(0, min(length // 2, length - _SAMPLED))
+    return *(n // 2 for n in others), slice(first, first + _SAMPLED)
+
+
+def _place(weight: Tensor, middle: tuple[Any, ...]) -> tuple[int, int]:
+    """The address and bytes of a weight's sample, or of its first number if others lie apart."""
+    sample = weight.detach()[middle]
+    count = sample.numel() if sample.is_contiguous() else 1
+    return sample.data_ptr(), count * sample.element_size()
 
 
 def addresses(weights: Sequence[Any]) -> list[int]:
@@ -86,7 +109,7 @@ class Prepared:
         self.compiled: CompiledModel | None = None
         self.graphs: Graphs | None = None
         self._compile_s = 0.0
-        self._signatures: dict[str, Any] = {}
+        self._watched, self._signatures = Watched(), dict[str, Any]()
         self._causes: dict[str, str] = {}
         self._stacks: dict[tuple[int, int], tuple[Matrix, Tensor | None]] = {}
         self._parameters: list[Any] = []  # of the layers as they are now
@@ -152,7 +175,7 @@ class Prepared:
 
     def _unprepared(self) -> str:
         """Why the layers cannot be prepared for other ways to run them than their own."""
-        state = signature(self._parameters)
+        state = self._watched.signature(self._parameters)
         if state != self._signatures.get("fused"):
             self.fused, self._stacks = None, {}
             self._causes["fused"] = self._fuse()

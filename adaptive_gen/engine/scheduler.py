@@ -25,7 +25,7 @@ from ..confidence import Confidences
 from ..decoder import Decoder
 from ..policy import Check, ExitPolicy
 from .cache import KVCache
-from .lasting import lasting
+from .lasting import makes_lasting
 from .queue import Queue, latest, newest
 from .rules import Readout, Row, Rules
 from .segment import Segment
@@ -81,7 +81,7 @@ class Scheduler:
         """Index of the deepest segment."""
         return len(self.segments) - 1
 
-    @lasting()
+    @makes_lasting
     def prefill(self, ids: Tensor, counts: Sequence[int] | None = None) -> None:
         """Put the prompts in front of the first segment.
 
@@ -98,7 +98,7 @@ class Scheduler:
         for row, count, held in zip(self.rows, counts, self.cache.lengths[0], strict=True):
             row.stage, row.prompt, row.deep = 0, held + count, self.rules.prefill == "full"
 
-    @lasting()
+    @makes_lasting
     def feed(self, rows: tuple[int, ...], tokens: Tensor) -> None:
         """Put the next token [rows, 1] of each of `rows` in front of the first segment."""
         every = None if len(rows) == len(self.rows) else rows
@@ -137,7 +137,7 @@ class Scheduler:
         for name, tally in zip(("layers_run", "deep_passes", "caught_up"), tallies, strict=True):
             setattr(self, name, getattr(self, name) + tally)
 
-    @lasting()
+    @makes_lasting
     def step(self) -> Readout | None:
         """Run one segment; return the rows that left at its end, if any did."""
         index = self._next_segment()
@@ -147,7 +147,7 @@ class Scheduler:
             return self._finish(rows, out, counts)
         return self._ask(index, rows, newest(out, counts))
 
-    @lasting()
+    @makes_lasting
     def flush(self, rows: tuple[int, ...] | None = None) -> list[Tensor] | None:
         """Give every pending token of `rows` (None: all) its K/V in all layers.
 
@@ -180,7 +180,7 @@ class Scheduler:
         self.cache.truncate(length, row)
         self.rows[row].position = length - self.rows[row].prompt
 
-    @lasting()
+    @makes_lasting
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row but these, which are numbered anew in the order given."""
         self.cache.keep(rows)

@@ -20,7 +20,7 @@ from ..report import Step
 from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
-from .lasting import lasting
+from .lasting import makes_lasting
 from .machine_code import kernel
 from .narrow import bits
 from .scheduler import Scheduler
@@ -97,7 +97,7 @@ class Stretch:
                     biases[i] = float(gate.biases[segment.stop])
         return weights, biases
 
-    @lasting()
+    @makes_lasting
     def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
         """Decode some tokens.
 
