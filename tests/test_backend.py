@@ -152,6 +152,17 @@ def test_changed_weights_are_used(tiny_llama, engine, change):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [multiplied_data, head_multiplied])
+def test_changed_weights_are_used_on_a_gpu(tiny_llama, change):
+    model = adaptive_gen.wrap(tiny_llama().cuda(), exit_layers=[2, 4], engine="fused")
+    settings = {"max_new_tokens": 30, "do_sample": False}
+    before = model.generate(PROMPT.cuda(), adaptive=True, threshold=1.0, **settings)
+    change(model)
+    ours = model.generate(PROMPT.cuda(), adaptive=True, threshold=1.0, **settings)
+    assert not torch.equal(before, ours)
+
+
 class Narrower(torch.nn.Module):
     """A layer in float8, which is no number to most of torch."""
 
