@@ -35,16 +35,18 @@ class Watched:
 
     def __init__(self) -> None:
         """Watch nothing yet."""
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[tuple[int, int, int]] = []
         self._places: list[tuple[int, int]] = []  # addresses and bytes, of those in main memory
 
     def signature(self, weights: Sequence[Any]) -> Any:
         """Differs from an earlier one if these weights do."""
-        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        versions = [
+            (w.data_ptr(), w.nbytes, 0 if w.is_inference() else w._version) for w in weights
+        ]
         if versions != self._versions:
             here = [w for w in weights if w.is_cpu and w.numel() and w.data_ptr()]
             self._versions, self._places = versions, [_place(w, _middle(w)) for w in here]
-        # Weights that lie where they lay are as large as they were.
+        # Weights that lie where they lay, and are as large, can be read where they were.
         samples = [string_at(*place) for place in self._places]
         away = [w for w in weights if not (w.is_cpu or w.is_meta) and w.numel()]
         return versions, samples, [w.detach()[_middle(w)].float().tolist() for w in away]
