@@ -19,7 +19,7 @@ def lasting() -> Iterator[None]:
 
 
 def makes_lasting(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a function's tensors `lasting`, if it is called in inference mode: others are."""
+    """Have a function make `lasting` tensors in inference mode, too, as it does in any other."""
 
     @functools.wraps(function)
     def made(*args: _P.args, **kwargs: _P.kwargs) -> _R:
