@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -97,6 +98,12 @@ class Auditor:
         self._agreeing[exit_layer] += agrees
         if self._guard is not None:
             self._guard.observe(agrees)
+
+    def add(self, compared: Mapping[int, tuple[int, int]]) -> None:
+        """Count many tokens at once: exit layer -> those that agree, and all; nobody guards."""
+        for exit_layer, (agreeing, tokens) in compared.items():
+            self._agreeing[exit_layer] += agreeing
+            self._tokens[exit_layer] += tokens
 
     def result(self, new_tokens: int) -> Audit:
         """The account, for a generation of `new_tokens`."""

@@ -22,10 +22,12 @@ from transformers.generation.streamers import BaseStreamer
 from .audit import Auditor, GuardedPolicy
 from .drafting import Draft, confirm
 from .engine.backend import Backend
+from .engine.choosing import Choice, choice
 from .engine.drafts import DraftLength
 from .engine.lasting import makes_lasting
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
+from .engine.stretch import AuditedStretch
 from .report import AdaptiveOutput, Report, Step
 from .resume import AdaptiveCache
 from .settings import Settings
@@ -94,7 +96,9 @@ class TokenLoop:
         self._open = list(self.texts.rows)  # those still growing, in the scheduler's order
         if settings.lossless:
             self._limit_drafts()
-        self._stretch = backend.stretch(self.scheduler) if self._plain() else None
+        self._stretch, choice = None, self._choice()
+        if choice is not None:
+            self._stretch = backend.stretch(self.scheduler, choice, settings.audit)
         self._midway = False  # whether queues and cache are being changed, or were when it ended
         self.prefill_s = self.decode_s = 0.0
 
@@ -147,12 +151,12 @@ class TokenLoop:
             text.draft_length = DraftLength(shallow, self.settings.rules.queue_cap)
             row.draft_length, row.cap = text.draft_length, text.draft_length.length
 
-    def _plain(self) -> bool:
-        """Whether tokens are chosen, kept and ended by nothing but their own logits and ids."""
-        config, settings, texts = self.config, self.settings, self.texts
-        extras = config.do_sample, config.output_scores, config.output_logits
-        unusual = any(extras) or settings.audit or texts.logits_processor
-        return not unusual and texts.ends is not None
+    def _choice(self) -> Choice | None:
+        """How tokens are chosen, if they are kept and ended by nothing but their ids."""
+        config, texts = self.config, self.texts
+        if config.output_scores or config.output_logits or texts.ends is None:
+            return None
+        return choice(config.do_sample, texts.logits_processor, texts.prompts[0])
 
     def _run_stretch(self) -> list[Step]:
         """Decode the next tokens of all open texts at once."""
@@ -172,6 +176,8 @@ class TokenLoop:
             text.steps += steps
             text.finished = steps[-1].last
             new += steps
+        if isinstance(self._stretch, AuditedStretch) and self._auditor is not None:
+            self._auditor.add(self._stretch.compared())
         self._feed(texts)
         if self.streamer is not None:
             for step in new:

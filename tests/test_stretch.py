@@ -232,6 +232,23 @@ def test_a_lossless_text_may_end_with_a_draft_or_full_depths_own(tiny_llama, str
             assert_same(ours, lossless(model, threshold=0.005, **kwargs))
 
 
+@pytest.mark.parametrize("queue_cap", [1, 3, 16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_audit_counts_what_the_schedulers_does(tiny_llama, stretches, policy, queue_cap):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=queue_cap)
+    kwargs = {"audit": True, "policy": POLICIES[policy]}
+    text = decoded(model, **kwargs)
+    end = text.sequences[0, 30].item()
+    ours = [text, decoded(model, eos_token_id=end, **kwargs)]
+    assert len(ours[1].exit_layers[0]) < 40 and sum(stretches) > 39
+    stretches.off()
+    theirs = [decoded(model, **kwargs), decoded(model, eos_token_id=end, **kwargs)]
+    assert ours[0].report.audit.tokens > 1
+    for mine, its in zip(ours, theirs, strict=True):
+        assert_same(mine, its)
+        assert mine.report.audit == its.report.audit
+
+
 BATCH = torch.tensor(
     [[0, 0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [0, 0, 0, 0, 0, 11, 12], [0, 21, 3, 9, 4, 7, 7]]
 )
@@ -386,11 +403,12 @@ OTHERWISE = {
     "a policy of one's own": {"policy": dataclasses.make_dataclass("Own", [], namespace={
         "may_exit": lambda *_: True, "should_exit": lambda *_: True})()},
     "another measure": {"policy": ThresholdPolicy({2: 0.01}, confidence="entropy")},
-    "sampling": {"do_sample": True, "threshold": 0.01},
     "scores": {"output_scores": True, "threshold": 0.01},
-    "processors": {"repetition_penalty": 1.1, "threshold": 0.01},
+    "processors": {"no_repeat_ngram_size": 2, "threshold": 0.01},
     "lazy prefill": {"prefill": "lazy", "threshold": 0.01},
-    "audit": {"audit": True, "threshold": 0.01},
+    "an audit that acts": {"audit_floor": 0.5, "threshold": 0.01},
+    "audit and sampling": {"audit": True, "threshold": 0.01, "do_sample": True},
+    "audit and a penalty": {"audit": True, "threshold": 0.01, "repetition_penalty": 1.1},
     "lossless and sampling": {"lossless": True, "threshold": 0.01, "do_sample": True},
     "a time limit": {"max_time": 1000.0, "threshold": 0.01},
 }  # fmt: skip

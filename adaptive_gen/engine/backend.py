@@ -15,6 +15,7 @@ from ..naming import hooked
 from . import graphs
 from .batch import BatchStretch, LosslessBatchStretch
 from .cache import KVCache
+from .choosing import Choice
 from .compiled import CompiledSegment, NarrowSegment, in_pieces, longest, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
@@ -28,7 +29,7 @@ from .narrow import BITS
 from .prepared import Prepared, Watched, addresses
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
-from .stretch import LosslessStretch, Pace, Stretch, unfit
+from .stretch import AuditedStretch, LosslessStretch, Pace, Stretch, unfit
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
@@ -228,21 +229,28 @@ class Backend:
             return CompiledConfidences(confidences)
         return confidences
 
-    def stretch(self, scheduler: Scheduler) -> Stretch | None:
+    def stretch(
+        self, scheduler: Scheduler, choice: Choice, audited: bool = False
+    ) -> Stretch | None:
         """What decodes texts in stretches, of the latest segments, if that can be done.
 
         Args:
             scheduler: of these texts; its rows have a draft length each if deep passes must confirm
                 what leaves, or none has.
+            choice: of their tokens.
+            audited: whether to compare what leaves with full depth's.
         """
         if not self.name.startswith("compiled") or unfit(scheduler):
             return None
         pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
-        drafts = scheduler.rows[0].draft_length is not None
-        if len(scheduler.rows) > 1:
-            found = (LosslessBatchStretch if drafts else BatchStretch)(scheduler, pace)
+        drafts, several = scheduler.rows[0].draft_length is not None, len(scheduler.rows) > 1
+        if (not choice.plain and (drafts or audited or several)) or (audited and several):
+            return None
+        if several:
+            kind = LosslessBatchStretch if drafts else BatchStretch
         else:
-            found = (LosslessStretch if drafts else Stretch)(scheduler, pace)
+            kind = LosslessStretch if drafts else AuditedStretch if audited else Stretch
+        found = kind(scheduler, pace, choice)
         if (type(found).__name__, self.name) not in self._compiled_stretches:
             self._compiled_stretches.add((type(found).__name__, self.name))
             clock = time.perf_counter()

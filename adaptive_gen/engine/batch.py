@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..report import Step
+from .choosing import Choice
 from .lasting import makes_lasting
 from .machine_code import kernel
 from .scheduler import Scheduler
@@ -16,10 +17,10 @@ from .stretch import LosslessStretch, Pace, Stretch
 class BatchStretch(Stretch):
     """Decodes the texts of a scheduler whose prompts have been run; texts may be dropped."""
 
-    def __init__(self, scheduler: Scheduler, pace: Pace):
+    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
         """Prepare what stays the same."""
         self._rows_read = max(self._rows_read, len(scheduler.rows))
-        super().__init__(scheduler, pace)
+        super().__init__(scheduler, pace, choice)
         room, width = self._desk.x.shape
         fused = self._compiled.fused
         pairs = fused.sizes.head_dim // 2

@@ -1,10 +1,10 @@
 """Stretches: many tokens in one call of compiled code.
 
-The scheduler asks and queues between segments, in Python, for every mode there is. Where texts are
-greedy and their exits hang on thresholds, the same rules run in `kernels.decode`, on the
+The scheduler asks and queues between segments, in Python, for every mode there is. Where exits hang
+on thresholds, and tokens on what `choosing` knows, the same rules run in `kernels.decode`, on the
 scheduler's own queues and cache: it can go on from there at any token, and neither can tell.
-Lossless texts have `kernels.lossless`, and batches (`batch.BatchStretch`) `kernels.batch` and
-`kernels.batch_lossless`.
+Lossless texts have `kernels.lossless`, audited ones `kernels.audited`, and batches
+(`batch.BatchStretch`) `kernels.batch` and `kernels.batch_lossless`.
 """
 
 import math
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from ..confidence import GATE
+from ..errors import ModelError
 from ..policy import ByThreshold
 from ..report import Step
+from .choosing import Choice, Choosing
 from .compiled import CompiledSegment, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
@@ -50,12 +52,13 @@ class Stretch:
 
     _rows_read = 1  # hidden states to read out at once
 
-    def __init__(self, scheduler: Scheduler, pace: Pace):
+    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
         """Prepare what stays the same; `unfit` must have found no reason not to.
 
         Args:
             scheduler: of the text.
             pace: of the model's texts.
+            choice: of its tokens.
         """
         self._scheduler, first = scheduler, scheduler.segments[0]
         readout, rules = scheduler.readout, scheduler.rules
@@ -81,7 +84,7 @@ class Stretch:
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
         self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
-        self._pace = pace
+        self._pace, self._choosing = pace, Choosing(choice, readout.vocab)
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -110,8 +113,10 @@ class Stretch:
             For each text at least one, unless `most` is 0; the last of them may have ended it.
         """
         scheduler, (row,) = self._scheduler, self._scheduler.rows
-        count = min(*most, self._pace.tokens)
+        count = min(*most, self._pace.tokens, self._choosing.most)
         room = min(*most, count + self._surplus)
+        if count:  # else nothing is decoded yet
+            self._choosing.said(torch.tensor(tokens))
         lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
         waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)
@@ -127,8 +132,15 @@ class Stretch:
             (self._desk.x, self._places, turns, buffers),
             (memory, self._waiting[:, 0], waiting, lengths, tallies),
             asking,
+            self._choosing.arrays(room),
             results,
         )
+        self._choosing.chosen(done)
+        if done and results[0][done - 1] < 0:
+            raise ModelError(
+                f"the model's logits behind token {row.position + done} are no numbers, so that "
+                "nothing can be drawn; look for infinite or missing weights."
+            )
         self._pace.keep(time.perf_counter() - clock, done)
         state = lengths[:, None].tolist(), waiting[:, None].tolist(), tallies.tolist()
         scheduler.go_on([row.position + done], [-1], *state)
@@ -211,6 +223,29 @@ class LosslessStretch(Stretch):
         )
         row.cap, row.drafts = drafts.length, 0
         return done
+
+
+class AuditedStretch(Stretch):
+    """A stretch in which full depth says, later, what it would have chosen."""
+
+    _rows_read = 8
+
+    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
+        """Prepare what stays the same."""
+        super().__init__(scheduler, pace, choice)
+        waiting = (np.zeros(size, np.int64) for size in (1, self._room, self._room))
+        self._audit = *waiting, np.zeros((len(scheduler.segments), 2), np.int64)
+
+    def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
+        cap = self._scheduler.rules.queue_cap
+        return kernel("audited").decode(token, ends, cap, self._audit, *args)
+
+    def compared(self) -> dict[int, tuple[int, int]]:
+        """Since last asked: exit layer -> tokens full depth chooses too, and all compared."""
+        stops = (segment.stop for segment in self._scheduler.segments)
+        counts = self._audit[-1].tolist()
+        self._audit[-1][:] = 0
+        return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
 
 
 def _dtype(like: torch.Tensor) -> Any:

@@ -18,6 +18,7 @@ What belongs together travels together:
   is left with, [tokens, exits]; the measure as an index of `screen.MEASURES`; what is known of the
   exits' checks, see `thrift.due`: what one that leaves is worth, [exits], and the records, [exits,
   4], which change.
+- `choosing`: see `kernels.choosing`.
 - `results`, which get the new tokens, the segment after which each was read out, and the raw
   confidences of those that left early, [tokens] each.
 
@@ -28,10 +29,11 @@ import math
 from typing import Any
 
 from ..engine import thrift
+from .choosing import NONE, choose, plain
 from .cpu import copy, norm, run_layers, store_layers
 from .freshness import borrowing
 from .half import number
-from .screen import GATE, leaves, look, token_of
+from .screen import GATE, leaves, look
 from .team import kept
 
 due = kept(thrift.due)
@@ -51,14 +53,7 @@ def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
 
 
 @borrowing
-def read(newest: Any, head: Any) -> int:
-    """The token that a hidden state [1, hidden] says."""
-    look(newest, head)
-    return token_of(0, head)
-
-
-@borrowing
-def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
+def _check(i: int, s: int, newest: Any, model: Any, asking: Any, choosing: Any) -> Any:
     """The raw confidence after segment s, and the token if token i of the text leaves there.
 
     A token of -1 goes on.
@@ -67,10 +62,12 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any) -> Any:
     _, least, measure, worth, records = asking
     if measure == GATE:
         raw = gate_of(newest, head[2], gate[0][s], gate[1][s], head[3])
-        token = read(newest, head) if raw >= least[i, s] else -1
+        token = choose(i, newest, False, head, choosing) if raw >= least[i, s] else -1
     else:
         look(newest, head)
         raw, token = leaves(0, least[i, s], measure, head)
+        if token >= 0 and not plain(choosing):
+            token = choose(i, newest, True, head, choosing)
     observe(records[s], worth[s], token >= 0)
     return raw, token
 
@@ -159,6 +156,7 @@ def descend(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> Any:
     """Run the text's last token, as deep as token i of the results needs.
@@ -169,7 +167,7 @@ def descend(
         cap: most tokens that may wait in front of a segment.
         propagate: 1 if skipped layers get their keys and values that way.
         judged: 1 if all states of a block that went through all layers are read, 0 if the last is.
-        model: see above; likewise `desk`, `state`, `asking`, `results`.
+        model: see above; likewise `desk`, `state`, `asking`, `choosing`, `results`.
 
     Returns:
         The token, or -1 if it went through all layers: then its hidden state is the last of a block
@@ -190,7 +188,7 @@ def descend(
         wait(s + 1, block, x, state)
         may = asked[i, s] and (propagate or counts[s + 1] <= cap)
         if may and due(records[s], worth[s]):
-            raw, chosen = _check(i, s, x[block - 1 : block], model, asking)
+            raw, chosen = _check(i, s, x[block - 1 : block], model, asking, choosing)
             if chosen >= 0:
                 tokens[i], exits[i], confidences[i] = chosen, s, raw
                 return chosen, block
@@ -240,6 +238,7 @@ def decode(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> int:
     """Decode until a token ends the text, or as many as the results have room for.
@@ -249,23 +248,25 @@ def decode(
         ends: tokens that end a text.
         cap: see `descend`; likewise the rest.
         propagate: 1 if skipped layers get their keys and values that way.
-        model: see above; likewise `desk`, `state`, `asking`, `results`.
+        model: see above; likewise `desk`, `state`, `asking`, `choosing`, `results`.
 
     Returns:
-        How many tokens it decoded.
+        How many tokens it decoded; the last is `NONE` if it has no logits to be chosen by.
     """
     x, counts, (tokens, exits, _) = desk[0], state[2], results
     last = len(counts) - 1
     for i in range(len(tokens)):
-        chosen, block = descend(i, token, cap, propagate, 0, model, desk, state, asking, results)
+        chosen, block = descend(
+            i, token, cap, propagate, 0, model, desk, state, asking, choosing, results
+        )
         if chosen < 0:
-            chosen = read(x[block - 1 : block], model[2])
+            chosen = choose(i, x[block - 1 : block], False, model[2], choosing)
             tokens[i], exits[i] = chosen, last
         s = exits[i] + 1
         while propagate and s <= last and counts[s] > cap:
             _store(s, take(s, x, state), model, desk, state)
             s += 1
         token = chosen
-        if among(token, ends):
+        if token == NONE or among(token, ends):
             return i + 1
     return len(tokens)

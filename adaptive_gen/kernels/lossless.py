@@ -69,6 +69,7 @@ def decode(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> int:
     """Decode until a token ends the text or, with a deep pass, `count` tokens are decoded.
@@ -81,7 +82,7 @@ def decode(
         shallow: of `drafting.best_length`.
         cap: most tokens that may wait in front of a segment, however many drafts are worth it.
         record: of `drafting.observe`; changed.
-        model: see `decode`; likewise `desk`, `state`, `asking`, `results`.
+        model: see `decode`; likewise `desk`, `state`, `asking`, `choosing`, `results`.
 
     Returns:
         How many tokens it decoded, all of which stand.
@@ -94,7 +95,9 @@ def decode(
         drafts, ended = 0, False
         while True:
             at = done + drafts
-            token, block = descend(at, token, length, 0, 1, model, desk, state, asking, results)
+            token, block = descend(
+                at, token, length, 0, 1, model, desk, state, asking, choosing, results
+            )
             if token < 0:
                 break
             drafts += 1

@@ -24,6 +24,7 @@ from typing import Any
 
 from .cpu import apply_gain, best_two, first_of, norm, read_out, summary
 from .freshness import borrowing
+from .largest import kth_largest
 from .logits import mass, reaches, two_certain
 from .panels import PANEL
 from .products import add_one, add_product
@@ -101,6 +102,28 @@ def token_of(row: int, head: Any) -> int:
         return first_of(best_two(known)[0], known)
     _sharpen(row, _bar(row, head)[0], head)
     return _largest(row, head)[2]
+
+
+@borrowing
+def keep_largest(row: int, k: int, least: Any, heap: Any, head: Any) -> None:
+    """Make the k largest logits exact, at least, and all that are not exact -inf.
+
+    Args:
+        row: see above.
+        k: how many, at most as many as there are tokens.
+        least: gets what each logit is at least, [vocab in whole panels] float32.
+        heap: for indices, [k or more].
+        head: see above; with a screen.
+    """
+    logits, vocab, (_, _, doubt, _, _, exact) = head[4], head[5], head[6]
+    exact[:] = False
+    for n in range(vocab):
+        least[n] = logits[row, n] - doubt[n // PANEL]
+    bar = kth_largest(k, least[:vocab], heap)
+    _sharpen(row, bar - _ROUNDING * abs(bar), head)
+    for n in range(vocab):
+        if not exact[n // PANEL]:
+            logits[row, n] = -math.inf
 
 
 @borrowing
