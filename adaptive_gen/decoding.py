@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
 from .audit import Auditor, GuardedPolicy
-from .drafting import Draft, confirm
 from .engine.backend import Backend
 from .engine.choosing import Choice, choice
 from .engine.drafts import DraftLength
@@ -31,7 +30,7 @@ from .engine.stretch import AuditedStretch
 from .report import AdaptiveOutput, Report, Step
 from .resume import AdaptiveCache
 from .settings import Settings
-from .texts import Text, Texts, equally_wide
+from .texts import Draft, Text, Texts, equally_wide
 
 _MOST_ROOM = 4096  # new tokens to make room for at once, however many may come
 
@@ -112,6 +111,7 @@ class TokenLoop:
         self._prefill()
         while self._open:
             yield from self._next()
+        self.texts.end()
         if self.streamer is not None:
             self.streamer.end()
 
@@ -156,7 +156,8 @@ class TokenLoop:
         config, texts = self.config, self.texts
         if config.output_scores or config.output_logits or texts.ends is None:
             return None
-        return choice(config.do_sample, texts.logits_processor, texts.prompts[0])
+        draws = texts.draws if config.do_sample else None
+        return choice(draws, texts.logits_processor, texts.so_far)
 
     def _run_stretch(self) -> list[Step]:
         """Decode the next tokens of all open texts at once."""
@@ -164,7 +165,7 @@ class TokenLoop:
         texts, (length, ends) = self._open, self.texts.ends
         newest = [int(self.texts.ids[text.row, text.width - 1]) for text in texts]
         room = [int(min(length - text.width, _MOST_ROOM)) for text in texts]
-        found = self._stretch.run(newest, room, ends)
+        found = self._stretch.run(newest, room, ends, [text.row for text in texts])
         new: list[Step] = []
         for text, steps in zip(texts, found, strict=True):
             if not steps:
@@ -205,11 +206,7 @@ class TokenLoop:
         every = len(places) == len(readout.rows)
         logits = readout.logits if every else readout.logits[places]
         scores, logits = self.texts.process(texts, logits)
-        chances = scores.softmax(-1) if self.config.do_sample else None
-        if chances is not None:
-            tokens = self.texts.draw(texts, chances)
-        else:
-            tokens = scores.argmax(-1)
+        tokens = self.texts.choose(texts, scores)
         self.texts.append(texts, tokens)
         ids = tokens.tolist()
         stops = self.texts.stop(texts, ids, scores)
@@ -217,9 +214,8 @@ class TokenLoop:
         for i, (text, token) in enumerate(zip(texts, ids, strict=True)):
             step = Step(token, readout.exit_layer, readout.confidences[places[i]], stops[i])
             if early and (self.settings.lossless or self._auditor is not None):
-                top = int(scores[i].argmax()) if chances is not None else token
-                drawn = chances[i] if chances is not None else None
-                text.drafts.append(Draft(step, top, drawn))
+                top = int(scores[i].argmax()) if self.config.do_sample else token
+                text.drafts.append(Draft(step, top))
             if early and self.settings.lossless:
                 continue
             if self._auditor is not None and not early:
@@ -253,23 +249,24 @@ class TokenLoop:
                 assert self._auditor is not None
                 self._auditor.count(draft.step.exit_layer, int(scores.argmax()) == draft.top)
                 continue
-            other = confirm(draft, scores)
+            token = int(self.texts.choose([text], scores))
+            stands = token == draft.step.token
             text.width += 1
-            if other is None:
+            if stands:
                 step = draft.step
                 if self.config.output_scores:  # criteria may read them, and saw the exit's
                     step = step._replace(last=self.texts.stop([text], [step.token], scores)[0])
                 self._confirm(text, step, scores, raw)
             else:
-                self.texts.ids[text.row, text.width - 1] = other
-                (stops,) = self.texts.stop([text], [other], scores)
+                self.texts.ids[text.row, text.width - 1] = token
+                (stops,) = self.texts.stop([text], [token], scores)
                 n_layers = self.scheduler.decoder.n_layers
-                self._confirm(text, Step(other, n_layers, math.nan, stops), scores, raw)
-            if other is not None or text.finished:
+                self._confirm(text, Step(token, n_layers, math.nan, stops), scores, raw)
+            if not stands or text.finished:
                 # The text's last token has not been run: what stays in the cache ends before it.
                 length = self._lengths[text.row] + len(text.steps) - 1
                 self.scheduler.rewind(text.place, length)
-                self._relearn(text, i + (other is None), i + 1)
+                self._relearn(text, i + stands, i + 1)
                 return False
         text.width = end
         if self.settings.lossless and drafts:

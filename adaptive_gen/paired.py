@@ -128,10 +128,11 @@ def _runs(prompts: Sequence[Tensor], calls: list[_Call]) -> Runs:
 
 
 def generate(model: Any, ids: Tensor, **keywords: Any) -> tuple[Any, float]:
-    """One greedy `generate` call and its seconds; a padded batch comes with its attention mask.
+    """One `generate` call and its seconds; a padded batch comes with its attention mask.
 
-    Whatever a checkpoint's own generation config says, the text is the plain argmax of the logits:
-    with a repetition penalty the choices of an exit and of full depth would not be comparable.
+    Whatever a checkpoint's own generation config says, the text is the plain argmax of the logits,
+    unless `keywords` ask for something else: with a repetition penalty the choices of an exit and
+    of full depth would not be comparable.
     """
     config = model.generation_config
     if config.pad_token_id is None:
@@ -139,14 +140,8 @@ def generate(model: Any, ids: Tensor, **keywords: Any) -> tuple[Any, float]:
         keywords.setdefault("pad_token_id", int(ids[0, 0]))
     keywords.setdefault("attention_mask", torch.ones_like(ids))
     clock = time.perf_counter()
-    out = model.generate(
-        input_ids=ids,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        return_dict_in_generate=True,
-        **keywords,
-    )
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    out = model.generate(input_ids=ids, return_dict_in_generate=True, **{**greedy, **keywords})
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return out, time.perf_counter() - clock

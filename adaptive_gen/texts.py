@@ -7,7 +7,7 @@ Axes: `rows`, `time`, `vocab`.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .drafting import Draft
+from .draws import Draws, drawn
 from .engine.drafts import DraftLength
 from .engine.lasting import makes_lasting
 from .report import Step
+
+
+class Draft(NamedTuple):
+    """A token that left early and waits for full depth to confirm, or to audit it."""
+
+    step: Step
+    top: int  # the token with the largest processed score, which an audit compares
 
 
 class Text:
@@ -58,6 +65,7 @@ class Texts:
         self.logits_processor = self._with_prefixes_of_real_rows(logits_processor)
         self.ids = torch.nn.functional.pad(prompts, (0, room))
         self.rows = [Text(row, prompts.shape[1]) for row in range(len(prompts))]
+        self.draws = Draws(len(prompts), prompts.device)
         self._processed: set[int] = set()
 
     def process(self, texts: list[Text], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,16 +83,24 @@ class Texts:
         index = self._filled(rows)
         return self.logits_processor(ids[index], logits[index])[rows], logits
 
-    def draw(self, texts: list[Text], chances: Tensor) -> Tensor:
-        """A token of each of equally long texts, by its chances [rows, vocab]; [rows].
+    def choose(self, texts: list[Text], scores: Tensor) -> Tensor:
+        """The next token of each of equally long texts, by its scores [rows, vocab]; [rows]."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        self.draws.forget(self.settled)
+        numbers = self.draws.at(texts[0].width - self.prompts.shape[1], scores.shape[1])
+        if len(texts) < len(self.rows):
+            numbers = numbers[[text.row for text in texts]]
+        return drawn(scores, numbers)
 
-        As transformers draws, which goes on drawing for rows that have ended: so the generator
-        gives the others the same numbers.
-        """
-        if len(texts) == len(self.rows):
-            return torch.multinomial(chances, num_samples=1)[:, 0]
-        rows = [text.row for text in texts]
-        return torch.multinomial(chances[self._filled(rows)], num_samples=1)[rows, 0]
+    @property
+    def settled(self) -> int:
+        """New tokens that every text has for certain which goes on."""
+        return min((len(text.steps) for text in self.rows if not text.finished), default=0)
+
+    def end(self) -> None:
+        """Leave the random generator as it would be without drafts."""
+        self.draws.end(max(len(text.steps) for text in self.rows))
 
     def _filled(self, rows: list[int]) -> list[int]:
         """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
@@ -98,6 +114,10 @@ class Texts:
         """The ids [rows, time] of equally long texts."""
         ids = self.ids[:, : texts[0].width]
         return ids if len(texts) == len(ids) else ids[[text.row for text in texts]]
+
+    def so_far(self) -> list[Tensor]:
+        """The ids of each text, [time]."""
+        return [self.ids[text.row, : text.width] for text in self.rows]
 
     @makes_lasting
     def append(self, texts: list[Text], tokens: Tensor) -> None:

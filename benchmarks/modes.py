@@ -1,5 +1,8 @@
 """Modes side by side: lossy and lossless, both KV policies and schedules, batches of 1, 4 and 16.
 
+What draws its tokens does so from the same seed in every arm, and is compared with full depth's
+draws.
+
 Real prompts cut to one length, texts that end when they end: a batch is as slow as its longest row,
 which is part of what is measured. Every arm takes turns with the others on the same batch.
 """
@@ -20,6 +23,8 @@ from adaptive_gen.ui import progress
 BATCHES = (1, 4, 16)
 PROMPT = 12  # tokens
 FULL_DEPTH = "full depth"
+SAMPLED = ", sampled"
+DRAWS = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 _SCHEDULES = ("stepwise", "lockstep")
 
 
@@ -43,6 +48,10 @@ def arms(rows: int, checked: dict[str, Any] | None) -> dict[str, dict[str, Any]]
             found[name] = mode
         if checked and rows > 1 and schedule == _SCHEDULES[0]:
             found[f"{name}, exits checked"] = {**mode, **checked}
+    if rows == 1:
+        found["lossy, recompute, audited"] = {"audit": True}
+    for name in ("transformers", FULL_DEPTH, *modes):
+        found[name + SAMPLED] = {**found.get(name, modes.get(name, {})), **DRAWS}
     return {name: {"adaptive": True, **keywords} for name, keywords in found.items()}
 
 
@@ -72,12 +81,14 @@ def _batch(model: Any, ids: list[Tensor], rows: int, tokens: int, rounds: int) -
     turns = random.Random(0)  # as in `paired.measure`
     for r, b in progress(order, f"batches of {rows}", total=len(order)):
         for name in turns.sample(list(ways), len(ways)):
+            torch.manual_seed(b)
             out, seconds[name][b, r] = generate(model, batches[b], **settings, **ways[name])
             if r == 0:
                 written[name] += _new_tokens(model, out.sequences[:, PROMPT:])
                 texts[name].append(out.sequences)
     speed = {n: written[n] / float(np.median(seconds[n], axis=1).sum()) for n in ways}
-    same = {n: _same(texts[n], texts[FULL_DEPTH]) for n in ways}
+    drawn = FULL_DEPTH + SAMPLED
+    same = {n: _same(texts[n], texts[drawn if SAMPLED in n else FULL_DEPTH]) for n in ways}
     return {
         "rows": rows,
         "texts": rows * len(batches),

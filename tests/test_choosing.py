@@ -12,6 +12,7 @@ from transformers.generation import logits_process as hf
 import adaptive_gen
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
+from adaptive_gen.engine.batch import BatchStretch
 from adaptive_gen.engine.stretch import Stretch
 from adaptive_gen.gate import Gate
 from adaptive_gen.kernels import choosing as kernels
@@ -48,14 +49,15 @@ def stretches(monkeypatch):
         def off(self):
             monkeypatch.setattr(Backend, "stretch", lambda *_: None)
 
-    seen, run = Seen(), Stretch.run
+    seen = Seen()
+    for kind in (Stretch, BatchStretch):
 
-    def spy(self, *args):
-        found = run(self, *args)
-        seen.append(len(found[0]))
-        return found
+        def spy(self, *args, run=kind.run):
+            found = run(self, *args)
+            seen.append(len(found[0]))
+            return found
 
-    monkeypatch.setattr(Stretch, "run", spy)
+        monkeypatch.setattr(kind, "run", spy)
     return seen
 
 
@@ -63,22 +65,32 @@ def wrapped(model, **changes):
     return adaptive_gen.wrap(model, exit_layers=(2, 4, 6), engine="compiled", **changes)
 
 
-def drawn(model, adaptive=True, seed=0, **kwargs):
-    """A text, and what the generator would give next."""
+def drawn(model, adaptive=True, seed=0, ids=PROMPT, **kwargs):
+    """Texts, and what the generator would give next."""
     torch.manual_seed(seed)
     settings = {"max_new_tokens": 40, "do_sample": True, "return_dict_in_generate": True}
-    out = model.generate(PROMPT, **{**settings, "adaptive": adaptive, **kwargs})
+    settings |= {"attention_mask": (ids > 0).long(), "pad_token_id": 0, "adaptive": adaptive}
+    out = model.generate(ids, **{**settings, **kwargs})
     return out, float(torch.rand(()))
+
+
+def assert_same(ours, theirs):
+    """Texts, depths if there are any, and what the generator would give next."""
+    (mine, next_number), (its, then) = ours, theirs
+    assert mine.sequences.tolist() == its.sequences.tolist()
+    if "exit_layers" in its:
+        assert mine.exit_layers.tolist() == its.exit_layers.tolist()
+        for name in ("deep_passes", "caught_up", "layers_run", "drafted", "accepted"):
+            assert getattr(mine.report, name) == getattr(its.report, name), name
+    assert next_number == then
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_full_depth_is_what_transformers_draws(tiny_llama, stretches, screen, name):
     model = wrapped(tiny_llama(eos_token_id=None))
-    theirs, then = drawn(model, adaptive=False, **SAMPLED[name])
-    ours, next_number = drawn(model, threshold=1.0, **SAMPLED[name])
+    ours = drawn(model, threshold=1.0, **SAMPLED[name])
     assert sum(stretches) == 39  # all but the prompt's own
-    assert ours.sequences.tolist() == theirs.sequences.tolist()
-    assert next_number == then
+    assert_same(ours, drawn(model, adaptive=False, **SAMPLED[name]))
 
 
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
@@ -88,13 +100,55 @@ def test_tokens_that_leave_early_are_drawn_as_without_stretches(
 ):
     model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
     kwargs = {"kv": kv, "threshold": {2: 0.02, 4: 0.01}, **SAMPLED[name]}
-    ours, next_number = drawn(model, **kwargs)
-    assert sum(stretches) == 39 and len(ours.report.exit_histogram) > 1
+    ours = drawn(model, **kwargs)
+    assert sum(stretches) == 39 and len(ours[0].report.exit_histogram) > 1
     stretches.off()
-    theirs, then = drawn(model, **kwargs)
-    assert ours.sequences.tolist() == theirs.sequences.tolist()
-    assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
-    assert next_number == then
+    assert_same(ours, drawn(model, **kwargs))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.01])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_lossless_texts_are_full_depths_draws(tiny_llama, stretches, screen, name, threshold):
+    """From the same seed, and with the random generator left as full depth leaves it."""
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"lossless": True, "threshold": threshold, **SAMPLED[name]}
+    ours = drawn(model, **kwargs)
+    assert sum(stretches) == 39
+    assert 0 < ours[0].report.accepted < ours[0].report.drafted
+    assert_same(ours, drawn(model, adaptive=False, **SAMPLED[name]))
+    stretches.off()
+    assert_same(ours, drawn(model, **kwargs))
+
+
+BATCH = torch.tensor(
+    [[0, 0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [0, 0, 0, 0, 0, 11, 12], [0, 21, 3, 9, 4, 7, 7]]
+)
+WAYS = {
+    "full depth": {"threshold": 1.0},
+    "lossless": {"threshold": 0.01, "lossless": True},
+    "lossless, lockstep": {"threshold": 0.01, "lossless": True, "schedule": "lockstep"},
+    "lossy": {"threshold": 0.01},
+    "lossy, lockstep": {"threshold": 0.01, "schedule": "lockstep"},
+    "lossy, propagate": {"threshold": 0.01, "kv": "propagate"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["hot", "all", "said"])
+def test_rows_of_a_batch_are_drawn_as_without_stretches(tiny_llama, stretches, name, way, screen):
+    """Also behind the ends of some, for which transformers draws on."""
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"ids": BATCH, **SAMPLED[name]}
+    plain = drawn(model, adaptive=False, **kwargs)
+    ends = plain[0].sequences[[0, 2], [20, 30]].tolist()
+    for more in ({}, {"eos_token_id": ends}):
+        with pytest.MonkeyPatch.context() as patch:
+            ours = drawn(model, **kwargs, **more, **WAYS[way])
+            assert len(stretches) > 1
+            if "lossy" not in way:
+                assert_same(ours, drawn(model, adaptive=False, **kwargs, **more))
+            patch.setattr(Backend, "stretch", lambda *_: None)
+            assert_same(ours, drawn(model, **kwargs, **more, **WAYS[way]))
 
 
 def test_a_gate_lets_drawn_tokens_leave(tiny_llama, stretches):
@@ -102,12 +156,12 @@ def test_a_gate_lets_drawn_tokens_leave(tiny_llama, stretches):
     torch.manual_seed(0)
     weights = {layer: torch.randn(32) * 0.3 for layer in (2, 4)}
     state(model).gate = Gate(weights, {layer: torch.tensor(0.1) for layer in (2, 4)})
-    ours, _ = drawn(model, confidence="gate", threshold=0.6)
-    assert sum(stretches) == 39 and len(ours.report.exit_histogram) > 1
+    one = drawn(model, confidence="gate", threshold=0.6)
+    assert sum(stretches) == 39 and len(one[0].report.exit_histogram) > 1
+    several = drawn(model, confidence="gate", threshold=0.6, ids=BATCH)
     stretches.off()
-    theirs, _ = drawn(model, confidence="gate", threshold=0.6)
-    assert ours.sequences.tolist() == theirs.sequences.tolist()
-    assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
+    assert_same(one, drawn(model, confidence="gate", threshold=0.6))
+    assert_same(several, drawn(model, confidence="gate", threshold=0.6, ids=BATCH))
 
 
 @pytest.mark.parametrize("changes", [{"weights": "int8"}, {"dtype": torch.bfloat16}, {"wide": 1}])
@@ -116,11 +170,10 @@ def test_whatever_the_weights_are(tiny_llama, stretches, screen, changes):
     model = model.to(changes.pop("dtype", torch.float32))
     model = wrapped(model.double() if changes.pop("wide", 0) else model, **changes)
     kwargs = {"threshold": 0.01, "top_k": 20, "top_p": 0.9}
-    ours, next_number = drawn(model, **kwargs)
+    ours = drawn(model, **kwargs)
     assert sum(stretches) == 39
     stretches.off()
-    theirs, then = drawn(model, **kwargs)
-    assert ours.sequences.tolist() == theirs.sequences.tolist() and next_number == then
+    assert_same(ours, drawn(model, **kwargs))
 
 
 def test_a_penalty_without_draws(tiny_llama, stretches, screen):
@@ -151,11 +204,9 @@ def test_an_end_gives_back_the_draws_behind_it(tiny_llama, stretches):
     model = wrapped(tiny_llama(eos_token_id=None))
     text = drawn(model, threshold=1.0)[0].sequences[0, 7:].tolist()
     end = next(token for token in text[20:] if token not in text[:20])
-    theirs, then = drawn(model, adaptive=False, eos_token_id=end)
-    ours, next_number = drawn(model, threshold=1.0, eos_token_id=end)
-    assert ours.sequences.tolist() == theirs.sequences.tolist()
-    assert 1 < max(stretches) and ours.sequences.shape[1] < 40
-    assert next_number == then
+    ours = drawn(model, threshold=1.0, eos_token_id=end)
+    assert 1 < max(stretches) and ours[0].sequences.shape[1] < 40
+    assert_same(ours, drawn(model, adaptive=False, eos_token_id=end))
 
 
 @pytest.mark.parametrize(
@@ -171,10 +222,9 @@ def test_an_end_gives_back_the_draws_behind_it(tiny_llama, stretches):
 )
 def test_other_processors_are_asked_themselves(tiny_llama, stretches, kwargs):
     model = wrapped(tiny_llama(eos_token_id=None))
-    theirs, then = drawn(model, adaptive=False, **kwargs)
-    ours, next_number = drawn(model, threshold=1.0, **kwargs)
-    assert ours.sequences.tolist() == theirs.sequences.tolist() and next_number == then
+    ours = drawn(model, threshold=1.0, **kwargs)
     assert not stretches
+    assert_same(ours, drawn(model, adaptive=False, **kwargs))
 
 
 @pytest.mark.parametrize("name", SAMPLED)

@@ -409,7 +409,6 @@ OTHERWISE = {
     "an audit that acts": {"audit_floor": 0.5, "threshold": 0.01},
     "audit and sampling": {"audit": True, "threshold": 0.01, "do_sample": True},
     "audit and a penalty": {"audit": True, "threshold": 0.01, "repetition_penalty": 1.1},
-    "lossless and sampling": {"lossless": True, "threshold": 0.01, "do_sample": True},
     "a time limit": {"max_time": 1000.0, "threshold": 0.01},
 }  # fmt: skip
 

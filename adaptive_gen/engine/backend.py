@@ -244,7 +244,7 @@ class Backend:
             return None
         pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
         drafts, several = scheduler.rows[0].draft_length is not None, len(scheduler.rows) > 1
-        if (not choice.plain and (drafts or audited or several)) or (audited and several):
+        if audited and (several or not choice.plain):
             return None
         if several:
             kind = LosslessBatchStretch if drafts else BatchStretch
@@ -255,7 +255,8 @@ class Backend:
             self._compiled_stretches.add((type(found).__name__, self.name))
             clock = time.perf_counter()
             with compiling():
-                found.run([0] * len(scheduler.rows), [0] * len(scheduler.rows), frozenset())
+                nothing = [0] * len(scheduler.rows)
+                found.run(nothing, nothing, frozenset(), nothing)
             self._compile_s += time.perf_counter() - clock
         return found
 

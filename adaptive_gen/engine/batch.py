@@ -30,12 +30,14 @@ class BatchStretch(Stretch):
         self._tops = self._places, turn, reading, notes
 
     @makes_lasting
-    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
+    def run(
+        self, tokens: list[int], most: list[int], ends: frozenset[int], places: list[int]
+    ) -> list[list[Step]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows
-        count = min(*most, self._pace.tokens)
-        width = max(1, count + self._surplus)
+        count = self._choosing.most(min(*most, self._pace.tokens))
         chosen = np.array([len(row.unjudged) for row in rows])
+        width = max(count, self._choosing.most(count + self._surplus), 1 + int(chosen.max()))
         stages = np.array([row.stage for row in rows])
         # Of what is next to stand; a row's newest token may be on its way already.
         starts = np.array([row.position for row in rows]) + (stages < 0) - chosen
@@ -46,10 +48,11 @@ class BatchStretch(Stretch):
         waiting = self._in_front()
         desk = self._desk.x, *self._tops, turns, buffers
         state = memory, self._waiting, waiting, lengths, stages, shallow, tallies
-        first = int(starts.min())
-        tables = self._thresholds(first, int((starts + limits).max()) - first)
+        first, behind = int(starts.min()), int((starts + limits).max())
+        tables = self._thresholds(first, behind - first)
         thrift = scheduler.thrift
         asking = *tables, starts - first, self._measure, thrift.worth, thrift.records
+        choosing = self._choosing.arrays(first, behind, places)
         results = self._drafted(width)
         clock = time.perf_counter()
         stood = self._decode_rows(
@@ -57,7 +60,7 @@ class BatchStretch(Stretch):
             count,
             limits,
             np.array([row.cap for row in rows]),
-            (self._model, desk, state, asking, (*results, chosen)),
+            (self._model, desk, state, asking, choosing, (*results, chosen)),
         )
         self._pace.keep(time.perf_counter() - clock, int(stood.max()))
         scheduler.go_on(

@@ -1,6 +1,7 @@
 """How the tokens of a text are chosen, for compiled code: what `kernels.choosing` works with."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,21 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from ..draws import Draws
 from .panelled import padding
 
-# Numbers to draw at once, of 4 bytes: more than a stretch takes, but where vocabularies are large.
-MOST_NUMBERS = 1 << 22
+# To draw ahead, of 4 bytes: the draws behind a text's end are in vain.
+MOST_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
     """What has a say besides the logits, where transformers' commonest processors are all."""
 
-    said: Tensor  # the prompt, [time]
-    sampled: bool = False
+    said: Callable[[], list[Tensor]]  # gives each row's ids so far
+    draws: Draws | None = None  # None: the largest score is chosen
     penalty: float = 1.0  # for what has been said
+    prompt_ignore_length: Tensor | int | None = None  # ids before what counts as said, or [rows]
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
@@ -30,27 +33,27 @@ class Choice:
     @property
     def plain(self) -> bool:
         """Whether the largest logit is all that matters."""
-        return not self.sampled and self.penalty == 1
+        return self.draws is None and self.penalty == 1
 
 
-# In the order in which transformers lists them, with the setting of each.
+# In the order in which transformers lists them, with the settings of each.
 _READ = {
-    hf.RepetitionPenaltyLogitsProcessor: "penalty",
-    hf.TemperatureLogitsWarper: "temperature",
-    hf.TopKLogitsWarper: "top_k",
-    hf.TopPLogitsWarper: "top_p",
-    hf.MinPLogitsWarper: "min_p",
+    hf.RepetitionPenaltyLogitsProcessor: ("penalty", "prompt_ignore_length"),
+    hf.TemperatureLogitsWarper: ("temperature",),
+    hf.TopKLogitsWarper: ("top_k",),
+    hf.TopPLogitsWarper: ("top_p",),
+    hf.MinPLogitsWarper: ("min_p",),
 }
-_USUAL = {"filter_value": -math.inf, "min_tokens_to_keep": 1, "prompt_ignore_length": None}
+_USUAL = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
 
 
-def choice(sampled: bool, processors: Any, said: Tensor) -> Choice | None:
+def choice(draws: Draws | None, processors: Any, said: Callable[[], list[Tensor]]) -> Choice | None:
     """What transformers' processors come to; None if compiled code cannot do the same.
 
     Args:
-        sampled: whether tokens are drawn.
+        draws: what tokens are drawn with, if they are.
         processors: transformers' list.
-        said: the prompt, [time].
+        said: see `Choice`.
     """
     kinds, found = list(_READ), dict[str, Any]()
     for processor in processors:
@@ -59,53 +62,56 @@ def choice(sampled: bool, processors: Any, said: Tensor) -> Choice | None:
         kinds = kinds[kinds.index(type(processor)) + 1 :]
         if any(getattr(processor, name, usual) != usual for name, usual in _USUAL.items()):
             return None
-        name = _READ[type(processor)]
-        found[name] = getattr(processor, name)
-    return Choice(said, sampled, **found)
+        for name in _READ[type(processor)]:
+            found[name] = getattr(processor, name, None)
+    return Choice(said, draws, **found)
 
 
 class Choosing:
-    """A text's choice as arrays, and its draws from torch's generator."""
+    """A choice as arrays."""
 
-    def __init__(self, choice: Choice, vocab: int):
-        """Make room.
-
-        Args:
-            choice: the text's.
-            vocab: tokens there are.
-        """
-        self._sampled, self._vocab = choice.sampled, vocab
-        settings = np.array(
+    def __init__(self, choice: Choice, vocab: int, rows: int):
+        """Make room; `vocab` tokens there are, `rows` texts to begin with."""
+        self._choice, self._vocab, self._rows = choice, vocab, rows
+        self._settings = np.array(
             [choice.penalty, choice.temperature, choice.top_k, choice.top_p, choice.min_p]
         )
         width = 0 if choice.plain else vocab + padding(vocab)
-        seen = np.zeros(vocab if choice.penalty != 1 else 0, np.bool_)
-        self._settings, self._seen = settings, seen
         self._scratch = np.zeros(width, np.float32), np.zeros(width, np.int64)
-        self.said(choice.said)
-        self._states: list[Tensor] = []  # of the generator, before each draw
+        self._said = np.zeros((0, vocab), np.int32)  # times, [rows, vocab]
+        self._begun = False
 
-    @property
-    def most(self) -> int:
-        """Tokens to choose at once, at most."""
-        return max(1, MOST_NUMBERS // self._vocab) if self._sampled else MOST_NUMBERS
+    def most(self, tokens: int) -> int:
+        """How many of so many tokens of each text to choose at once."""
+        if self._choice.draws is None:
+            return tokens
+        return min(tokens, max(1, MOST_NUMBERS // (self._vocab * self._rows)))
 
-    def said(self, ids: Tensor) -> None:
-        """Take note of tokens of the text that are not chosen here."""
-        if len(self._seen):
-            self._seen[ids[ids < self._vocab].numpy()] = True
+    def arrays(self, start: int, stop: int, rows: list[int]) -> tuple[Any, ...]:
+        """What the kernel needs to choose tokens; see `kernels.choosing`.
 
-    def arrays(self, tokens: int) -> tuple[Any, ...]:
-        """What the kernel needs to choose so many tokens."""
-        numbers = torch.empty(tokens if self._sampled else 0, self._vocab, dtype=torch.float32)
-        self._states = []
-        for row in numbers:
-            self._states.append(torch.get_rng_state())
-            row.exponential_()  # what `torch.multinomial` does for one text
-        return self._settings, numbers.numpy(), self._seen, *self._scratch
+        Args:
+            start: the first position among the new tokens, which will not be asked for again.
+            stop: the one behind the last.
+            rows: of the texts that go on.
+        """
+        choice = self._choice
+        if stop > start and not self._begun:
+            self._begun = True
+            if choice.penalty != 1:
+                self._said = self._counted()
+        numbers = np.zeros((0, self._rows, self._vocab), np.float32)
+        if choice.draws is not None and stop > start:
+            choice.draws.forget(start)
+            numbers = torch.stack(choice.draws.between(start, stop, self._vocab)).numpy()
+        return self._settings, np.array(rows), numbers, self._said, *self._scratch
 
-    def chosen(self, tokens: int) -> None:
-        """Give back the draws behind the first so many, as if they had not been made."""
-        if tokens < len(self._states):
-            torch.set_rng_state(self._states[tokens])
-        self._states = []
+    def _counted(self) -> Any:
+        """How often each row has said each token, [rows, vocab]."""
+        texts, first = self._choice.said(), self._choice.prompt_ignore_length
+        first = torch.as_tensor(0 if first is None else first)
+        counts = [
+            torch.bincount(ids[start:][ids[start:] < self._vocab], minlength=self._vocab)
+            for ids, start in zip(texts, first.expand(len(texts)).tolist(), strict=True)
+        ]
+        return torch.stack(counts).to(torch.int32).numpy()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..confidence import GATE
-from ..errors import ModelError
+from ..draws import no_numbers
 from ..policy import ByThreshold
 from ..report import Step
 from .choosing import Choice, Choosing
@@ -84,7 +84,7 @@ class Stretch:
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
         self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
-        self._pace, self._choosing = pace, Choosing(choice, readout.vocab)
+        self._pace, self._choosing = pace, Choosing(choice, readout.vocab, rows)
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -101,28 +101,34 @@ class Stretch:
         return weights, biases
 
     @makes_lasting
-    def run(self, tokens: list[int], most: list[int], ends: frozenset[int]) -> list[list[Step]]:
+    def run(
+        self, tokens: list[int], most: list[int], ends: frozenset[int], places: list[int]
+    ) -> list[list[Step]]:
         """Decode some tokens.
 
         Args:
             tokens: each text's last, which has not been run.
             most: tokens to decode of each text.
             ends: tokens that end a text.
+            places: of the texts in their batch, which some may have left.
 
         Returns:
             For each text at least one, unless `most` is 0; the last of them may have ended it.
+
+        Raises:
+            ModelError: nothing can be drawn from the model's logits.
         """
         scheduler, (row,) = self._scheduler, self._scheduler.rows
-        count = min(*most, self._pace.tokens, self._choosing.most)
-        room = min(*most, count + self._surplus)
-        if count:  # else nothing is decoded yet
-            self._choosing.said(torch.tensor(tokens))
+        count = self._choosing.most(min(*most, self._pace.tokens))
+        room = min(*most, max(count, self._choosing.most(count + self._surplus)))
         lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
         waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)
-        tables, thrift = self._thresholds(row.position + 1, room), scheduler.thrift
+        first = row.position + 1
+        tables, thrift = self._thresholds(first, room), scheduler.thrift
         asking = *tables, self._measure, thrift.worth, thrift.records[0]
         results = np.zeros(room, np.int64), np.zeros(room, np.int64), np.full(room, math.nan)
+        choosing = self._choosing.arrays(first, first + room, places)
         clock = time.perf_counter()
         done = self._decode(
             tokens[0],
@@ -132,15 +138,9 @@ class Stretch:
             (self._desk.x, self._places, turns, buffers),
             (memory, self._waiting[:, 0], waiting, lengths, tallies),
             asking,
-            self._choosing.arrays(room),
+            choosing,
             results,
         )
-        self._choosing.chosen(done)
-        if done and results[0][done - 1] < 0:
-            raise ModelError(
-                f"the model's logits behind token {row.position + done} are no numbers, so that "
-                "nothing can be drawn; look for infinite or missing weights."
-            )
         self._pace.keep(time.perf_counter() - clock, done)
         state = lengths[:, None].tolist(), waiting[:, None].tolist(), tallies.tolist()
         scheduler.go_on([row.position + done], [-1], *state)
@@ -180,6 +180,8 @@ class Stretch:
         return kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
 
     def _emitted(self, tokens: list[int], exits: list[int], confidences: list[float]) -> list[Step]:
+        if kernel("choosing").NONE in tokens[-1:]:
+            raise no_numbers()
         last, calibrated = self._scheduler.last, self._scheduler.confidences.calibrated
         stops = [segment.stop for segment in self._scheduler.segments]
         return [

@@ -1,4 +1,4 @@
-"""The scheduler's loop for several greedy texts, compiled; see `decode`, whose words are used here.
+"""The scheduler's loop for several texts, compiled; see `decode`, whose words are used here.
 
 Every text goes as deep as it needs: a pass runs one segment for the texts whose newest token waits
 in front of it, with all that waits there for them. What changes with several texts:
@@ -19,10 +19,11 @@ in front of it, with all that waits there for them. What changes with several te
 
 from typing import Any
 
+from .choosing import NONE, choose, plain, prepare
 from .cpu import copy, run_layers, store_layers
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .freshness import borrowing
-from .screen import GATE, leaves, look, token_of
+from .screen import GATE, leaves, look
 
 
 @borrowing
@@ -178,6 +179,7 @@ def ask(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> None:
     """Let rows leave that have run a segment, if they may.
@@ -187,6 +189,7 @@ def ask(
         rows: how many have run it; the notes say which.
         caps: see above; likewise the rest.
         propagate: see `decode`.
+        choosing: see `kernels.choosing`, for positions as `asking` has them.
     """
     x, _, _, reading, notes, _, _ = desk
     _, _, counts, _, stages, _, _ = state
@@ -211,21 +214,52 @@ def ask(
         asks += 1
     if not asks:
         return
-    look(reading[:asks], head)
+    if s == last or measure == GATE:
+        prepare(reading[:asks], False, head, choosing)
+    else:
+        asks = _sure(s, asks, desk, asking, results, head, choosing)
     for n in range(asks):
         r = notes[0, n]
         i = chosen[r]
-        if s < last and measure != GATE:
-            raw, token = leaves(n, least[firsts[r] + i, s], measure, head)
-            observe(records[r, s], worth[s], token >= 0)
-            if token < 0:
-                continue
-            confidences[r, i] = raw
-        else:
-            token = token_of(n, head)
-        tokens[r, i], exits[r, i] = token, s
+        if s == last or measure == GATE or not plain(choosing):
+            tokens[r, i] = choose(firsts[r] + i, r, n, head, choosing)
+        exits[r, i] = s
         chosen[r] += 1
         stages[r] = -1
+
+
+@borrowing
+def _sure(s: int, asks: int, desk: Any, asking: Any, results: Any, head: Any, choosing: Any) -> int:
+    """Of rows whose states are to be read out, keep those that leave after segment s.
+
+    Args:
+        s: the segment.
+        asks: how many are asked; their notes and states become those of the rows that leave.
+        desk: see above; likewise `asking`, `results`.
+        head: see `screen`.
+        choosing: see `kernels.choosing`; the states are prepared for it, if it has a say.
+
+    Returns:
+        How many leave.
+    """
+    reading, notes = desk[3], desk[4]
+    _, least, firsts, measure, worth, records = asking
+    tokens, _, confidences, chosen = results
+    look(reading[:asks], head)
+    leaving = 0
+    for n in range(asks):
+        r = notes[0, n]
+        i = chosen[r]
+        raw, token = leaves(n, least[firsts[r] + i, s], measure, head)
+        observe(records[r, s], worth[s], token >= 0)
+        if token >= 0:
+            tokens[r, i], confidences[r, i] = token, raw
+            copy(reading[n], reading[leaving])
+            notes[0, leaving] = r
+            leaving += 1
+    if leaving and not plain(choosing):
+        prepare(reading[:leaving], False, head, choosing)
+    return leaving
 
 
 @borrowing
@@ -266,6 +300,7 @@ def decode(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> None:
     """Decode until a text ends, or has as many new tokens as it may.
@@ -277,7 +312,7 @@ def decode(
         caps: see above.
         shallow_passes: see `rules.Rules`.
         propagate: 1 if skipped layers get their keys and values that way.
-        model: see above; likewise `desk`, `state`, `asking`, `results`.
+        model: see above; likewise `desk`, `state`, `asking`, `choosing`, `results`.
     """
     stages, (tokens, _, _, chosen) = state[4], results
     going = True
@@ -286,10 +321,13 @@ def decode(
     while going:
         feed(newest, model, state, results)
         s, rows = advance(shallow_passes, propagate, model, desk, state)
-        ask(s, rows, caps, propagate, model, desk, state, asking, results)
+        ask(s, rows, caps, propagate, model, desk, state, asking, choosing, results)
         if propagate:
             _empty_full(s, caps, model, desk, state)
         for r in range(len(stages)):
             left = stages[r] == -1
-            if left and (chosen[r] == most[r] or among(tokens[r, chosen[r] - 1], ends)):
+            if not left:
+                continue
+            token = tokens[r, chosen[r] - 1]
+            if chosen[r] == most[r] or token == NONE or among(token, ends):
                 going = False

@@ -1,6 +1,6 @@
 """Lossless decoding of several texts, compiled: each drafts, goes deep and is judged by itself.
 
-It keeps the rules of `decoding.TokenLoop` for greedy rows. Names and axes are those of `batch`;
+It keeps the rules of `decoding.TokenLoop`. Names and axes are those of `batch`;
 besides, `drafts` are tokens that left early and are not yet judged.
 
 - `drafting`: what became of each row's drafts, see `drafts.observe`, [rows, 4], which changes; and
@@ -13,10 +13,10 @@ from typing import Any
 
 from ..engine import drafts
 from .batch import advance, ask, feed, run
+from .choosing import NONE, choose, prepare, unsay
 from .cpu import copy
 from .decode import CAUGHT_UP, among
 from .freshness import borrowing
-from .screen import look, token_of
 from .team import kept
 
 _observe = kept(drafts.observe)
@@ -66,7 +66,7 @@ def _settle(
     lengths, stages, (records, shallow, most) = state[3], state[4], drafting
     drafted, staying = chosen[r] - sure[r], stood
     sure[r] += stood
-    if token >= 0:
+    if token != -1:
         i = sure[r]
         tokens[r, i], exits[r, i], confidences[r, i] = token, lengths.shape[0] - 1, math.nan
         sure[r] += 1
@@ -88,6 +88,8 @@ def _judge(
     model: Any,
     desk: Any,
     state: Any,
+    asking: Any,
+    choosing: Any,
     results: Any,
 ) -> None:
     """Compare drafts with what full depth chooses in their places.
@@ -99,9 +101,12 @@ def _judge(
     """
     x, _, _, reading, notes, _, _ = desk
     tokens, _, _, chosen, sure = results
-    head = model[2]
+    head, firsts = model[2], asking[2]
     for n in range(rows):
-        notes[2, n] = chosen[notes[0, n]] - sure[notes[0, n]] + follows
+        r = notes[0, n]
+        notes[2, n] = chosen[r] - sure[r] + follows
+        for i in range(sure[r], chosen[r]):
+            unsay(r, tokens[r, i], choosing)
     n = i = 0  # the state to look at next: the row's, and which of those that are wanted of it
     settled = -1
     while n < rows:
@@ -111,11 +116,11 @@ def _judge(
             count, i = count + 1, i + 1
             if i == notes[2, n]:
                 n, i = n + 1, 0
-        look(reading[:count], head)
+        prepare(reading[:count], False, head, choosing)
         for read in range(count):
             r, wanted = notes[0, m], notes[2, m]
             if settled < m:
-                token = token_of(read, head)
+                token = choose(firsts[r] + sure[r] + j, r, read, head, choosing)
                 if j + follows == wanted or token != tokens[r, sure[r] + j]:
                     _settle(r, j, token, wanted, caps, drafting, state, results)
                     settled = m
@@ -140,6 +145,7 @@ def decode(
     desk: Any,
     state: Any,
     asking: Any,
+    choosing: Any,
     results: Any,
 ) -> None:
     """Decode until a text ends, or `count` tokens of one stand.
@@ -151,7 +157,8 @@ def decode(
         most: where each text ends by itself, [rows].
         caps: of each row, as many as are worth drafting, [rows]; changed.
         shallow_passes: see `rules.Rules`.
-        drafting: see above; likewise `model`, `desk`, `state`, `asking`, `results`.
+        drafting: see above; likewise `model`, `desk`, `state`, `asking`,
+            `choosing`, `results`.
     """
     stages, (tokens, _, _, chosen, sure) = state[4], results
     flushed, last, going = desk[4][3, : len(stages)], len(model[4]) - 2, count > 0
@@ -159,9 +166,9 @@ def decode(
         feed(newest, model, state, results[:4])
         s, rows = advance(shallow_passes, 0, model, desk, state)
         if s == last:
-            _judge(rows, 1, caps, drafting, model, desk, state, results)
+            _judge(rows, 1, caps, drafting, model, desk, state, asking, choosing, results)
         else:
-            ask(s, rows, caps, 0, model, desk, state, asking, results[:4])
+            ask(s, rows, caps, 0, model, desk, state, asking, choosing, results[:4])
         ended = 0
         for r in range(len(stages)):
             last_draft = chosen[r] - 1
@@ -172,9 +179,10 @@ def decode(
                     ended += 1
         if ended:
             rows = _flush(flushed, model, desk, state)
-            _judge(rows, 0, caps, drafting, model, desk, state, results)
+            _judge(rows, 0, caps, drafting, model, desk, state, asking, choosing, results)
         for r in range(len(stages)):
             if sure[r] >= count or sure[r] == most[r]:
                 going = False
             elif stages[r] == -1 and sure[r] and chosen[r] == sure[r]:
-                going = going and not among(tokens[r, sure[r] - 1], ends)
+                token = tokens[r, sure[r] - 1]
+                going = going and token != NONE and not among(token, ends)

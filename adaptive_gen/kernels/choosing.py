@@ -1,16 +1,15 @@
 """Which token a hidden state leads to, where more than the largest logit has a say.
 
-It does what transformers' processors and `torch.multinomial` do with the logits of one text: a
-penalty for what has been said, a temperature, the tokens of the largest scores, a draw. A token is
-drawn as torch draws it: each one's chance is divided by a number of its own that is exponentially
-distributed, and the largest is taken.
+It does what transformers' processors do with logits, and `draws` with scores: a penalty for what
+has been said, a temperature, the tokens of the largest scores, a draw.
 
-- `choosing`: settings, see `PENALTY` and the others, [5]; the exponential numbers, [tokens, vocab]
-  float32, none where nothing is drawn; whether a token of the vocabulary has been said, [vocab],
-  none without a penalty; scores, [vocab in whole panels] float32; and indices of tokens, [vocab in
-  whole panels], none where the largest logit is all that matters.
+- `choosing`: settings, see `PENALTY` and the others, [5]; the texts' rows in the next two, [texts];
+  the numbers to draw with, [positions, rows, vocab] float32, none where nothing is drawn; how often
+  each token has been said, [rows, vocab], none without a penalty; scores, [vocab in whole panels]
+  float32; and indices of tokens, [vocab in whole panels], none where the largest logit is all that
+  matters.
 
-Axes: `tokens`, `vocab`.
+Axes: `texts` that go on, `rows` of the batch, `positions`, `vocab`.
 """
 
 import math
@@ -25,23 +24,48 @@ from .largest import drop_first, heaped, kth_largest
 from .screen import keep_largest, look, token_of
 
 PENALTY, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(5)  # of the settings
-NONE = -1  # no token: the logits are no numbers
+NONE = -2  # no token: the logits are no numbers
 
 
 @borrowing
 def plain(choosing: Any) -> bool:
     """Whether the largest logit is all that matters."""
-    return not len(choosing[4])
+    return not len(choosing[5])
 
 
 @borrowing
-def choose(i: int, x: Any, looked: bool, head: Any, choosing: Any) -> int:
-    """Token i of a text, by a hidden state.
+def _few_matter(head: Any, choosing: Any) -> bool:
+    """Whether the screen tells which few logits have a say."""
+    settings, _, draws, said, _, _ = choosing
+    return settings[TOP_K] > 0 and len(draws) > 0 and not len(said) and head[6][0].shape[0] > 0
+
+
+@borrowing
+def prepare(x: Any, looked: bool, head: Any, choosing: Any) -> None:
+    """Prepare what `choose` says of hidden states.
 
     Args:
-        i: index of its exponential numbers.
-        x: the state, [1, hidden or more].
-        looked: whether it was prepared by `look` just now.
+        x: the states, [states, hidden or more].
+        looked: whether they were prepared by `look` just now.
+        head: see `screen`.
+        choosing: see above.
+    """
+    panels, scale, floor, _, logits, _, screen, team, gain, gained = head
+    if plain(choosing) or _few_matter(head, choosing):
+        if not looked:
+            look(x, head)
+    elif not looked or screen[0].shape[0]:
+        read_out(x, floor, gain, panels, scale, gained, logits[: x.shape[0]], team)
+
+
+@borrowing
+def choose(at: int, text: int, row: int, head: Any, choosing: Any) -> int:
+    """The token that a hidden state leads to, by what was prepared; and take note of it.
+
+    Args:
+        at: index of its position.
+        text: index of the text.
+        row: of the state among those that were prepared.
         head: see `screen`.
         choosing: see above.
 
@@ -49,11 +73,9 @@ def choose(i: int, x: Any, looked: bool, head: Any, choosing: Any) -> int:
         The token, or `NONE`.
     """
     if plain(choosing):
-        if not looked:
-            look(x, head)
-        return token_of(0, head)
-    settings, draws, seen, scores, kept = choosing
-    _score(x, looked, head, choosing)
+        return token_of(row, head)
+    settings, rows, draws, said, scores, kept = choosing
+    _score(text, row, head, choosing)
     known = scores[: head[5]]
     top = best_two(known)[0]
     if not -math.inf < top < math.inf:
@@ -61,30 +83,33 @@ def choose(i: int, x: Any, looked: bool, head: Any, choosing: Any) -> int:
     if not len(draws):
         token = first_of(top, known)
     else:
-        token = _drawn(top, known, settings, kept, draws[i])
-    if token >= 0 and len(seen):
-        seen[token] = True
+        token = _drawn(top, known, settings, kept, draws[at, rows[text]])
+    if token >= 0 and len(said):
+        said[rows[text], token] += 1
     return token
 
 
 @borrowing
-def _score(x: Any, looked: bool, head: Any, choosing: Any) -> None:
+def unsay(text: int, token: int, choosing: Any) -> None:
+    """Forget a token that was chosen for a text: it may not stand."""
+    _, rows, _, said, _, _ = choosing
+    if len(said):
+        said[rows[text], token] -= 1
+
+
+@borrowing
+def _score(text: int, row: int, head: Any, choosing: Any) -> None:
     """The scores: logits after penalty and temperature; -inf for tokens that are not drawn."""
-    settings, draws, seen, scores, kept = choosing
-    panels, scale, floor, _, logits, vocab, screen, team, gain, gained = head
-    screened, k = screen[0].shape[0] > 0, min(int(settings[TOP_K]), vocab)
-    if k > 0 and len(draws) and screened and not len(seen):
-        if not looked:
-            look(x, head)
-        keep_largest(0, k, scores, kept, head)
-    elif screened or not looked:
-        read_out(x, floor, gain, panels, scale, gained, logits[:1], team)
+    settings, rows, _, said, scores, kept = choosing
+    logits, vocab = head[4], head[5]
+    if _few_matter(head, choosing):
+        keep_largest(row, min(int(settings[TOP_K]), vocab), scores, kept, head)
     heat, penalty = np.float32(settings[TEMPERATURE]), np.float32(settings[PENALTY])
     for n in range(vocab):
-        scores[n] = np.float32(logits[0, n])
-    if len(seen):
+        scores[n] = np.float32(logits[row, n])
+    if len(said):
         for n in range(vocab):
-            if seen[n]:
+            if said[rows[text], n]:
                 scores[n] = scores[n] * penalty if scores[n] < 0 else scores[n] / penalty
     if heat != 1:
         for n in range(vocab):

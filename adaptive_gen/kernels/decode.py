@@ -29,7 +29,7 @@ import math
 from typing import Any
 
 from ..engine import thrift
-from .choosing import NONE, choose, plain
+from .choosing import NONE, choose, plain, prepare
 from .cpu import copy, norm, run_layers, store_layers
 from .freshness import borrowing
 from .half import number
@@ -62,12 +62,16 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any, choosing: Any) 
     _, least, measure, worth, records = asking
     if measure == GATE:
         raw = gate_of(newest, head[2], gate[0][s], gate[1][s], head[3])
-        token = choose(i, newest, False, head, choosing) if raw >= least[i, s] else -1
+        token = -1
+        if raw >= least[i, s]:
+            prepare(newest, False, head, choosing)
+            token = choose(i, 0, 0, head, choosing)
     else:
         look(newest, head)
         raw, token = leaves(0, least[i, s], measure, head)
         if token >= 0 and not plain(choosing):
-            token = choose(i, newest, True, head, choosing)
+            prepare(newest, True, head, choosing)
+            token = choose(i, 0, 0, head, choosing)
     observe(records[s], worth[s], token >= 0)
     return raw, token
 
@@ -260,7 +264,8 @@ def decode(
             i, token, cap, propagate, 0, model, desk, state, asking, choosing, results
         )
         if chosen < 0:
-            chosen = choose(i, x[block - 1 : block], False, model[2], choosing)
+            prepare(x[block - 1 : block], False, model[2], choosing)
+            chosen = choose(i, 0, 0, model[2], choosing)
             tokens[i], exits[i] = chosen, last
         s = exits[i] + 1
         while propagate and s <= last and counts[s] > cap:

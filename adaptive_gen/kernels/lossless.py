@@ -1,15 +1,15 @@
 """Lossless decoding of one text, compiled: drafts, the deep pass that judges them, and again.
 
-It keeps the rules of `decoding.TokenLoop` for a single greedy row. Names and axes are those of
+It keeps the rules of `decoding.TokenLoop` for a single row. Names and axes are those of
 `decode`; besides, `drafts` are tokens that left early and are not yet judged.
 """
 
 from typing import Any
 
 from ..engine import drafts as drafting
+from .choosing import NONE, choose, prepare, unsay
 from .decode import CAUGHT_UP, among, descend, run, take, wait
 from .freshness import borrowing
-from .screen import look, token_of
 from .team import kept
 
 _observe = kept(drafting.observe)
@@ -32,26 +32,30 @@ def _flush(model: Any, desk: Any, state: Any) -> int:
 
 
 @borrowing
-def _judge(drafted: Any, first: int, wanted: int, x: Any, head: Any) -> Any:
+def _judge(at: int, drafted: Any, first: int, wanted: int, x: Any, head: Any, choosing: Any) -> Any:
     """Compare drafts with what full depth chooses.
 
     Args:
+        at: index of the first draft's position.
         drafted: the drafts, [drafts].
         first: where hidden states begin on the desk that choose in the place of each draft.
         wanted: how many these are; one more than drafts if a token follows them.
         x: the desk.
         head: of the model.
+        choosing: see `kernels.choosing`.
 
     Returns:
         How many drafts stood, and the token full depth chose in the place of the next one, or of
         the token that follows all; -1 if all stood and none follows.
     """
+    for token in drafted:
+        unsay(0, token, choosing)
     most = head[4].shape[0]
     for start in range(0, wanted, most):
         rows = min(most, wanted - start)
-        look(x[first + start : first + start + rows], head)
+        prepare(x[first + start : first + start + rows], False, head, choosing)
         for row in range(rows):
-            token = token_of(row, head)
+            token = choose(at + start + row, 0, row, head, choosing)
             if start + row == len(drafted) or token != drafted[start + row]:
                 return start + row, token
     return len(drafted), -1
@@ -85,7 +89,7 @@ def decode(
         model: see `decode`; likewise `desk`, `state`, `asking`, `choosing`, `results`.
 
     Returns:
-        How many tokens it decoded, all of which stand.
+        How many tokens it decoded, all of which stand; the last may be `NONE`.
     """
     x, (tokens, exits, _) = desk[0], results
     lengths = state[3]
@@ -106,15 +110,15 @@ def decode(
                 break
         wanted = drafts if ended else drafts + 1
         drafted = tokens[done : done + drafts]
-        stood, token = _judge(drafted, block - wanted, wanted, x, model[2])
+        stood, token = _judge(done, drafted, block - wanted, wanted, x, model[2], choosing)
         _observe(record, stood, min(drafts, stood + 1))
         done += stood
-        if token >= 0:
+        if token != -1:
             tokens[done], exits[done] = token, last
             done += 1
         # The last token has not been run, and what came after a draft that fell is forgotten.
         lengths[:] = held + done
-        if done == len(tokens) or among(tokens[done - 1], ends):
+        if done == len(tokens) or token == NONE or among(tokens[done - 1], ends):
             break
         token = tokens[done - 1]
     return done
