@@ -108,10 +108,18 @@ class TokenLoop:
 
     def __iter__(self) -> Iterator[Step]:
         """Decode until a stopping criterion holds for every row."""
-        self._prefill()
-        while self._open:
-            yield from self._next()
-        self.texts.end()
+        shown = 0
+        try:
+            self._prefill()
+            while self._open:
+                for step in self._next():
+                    shown += 1
+                    if self.streamer is not None:
+                        self.streamer.put(torch.tensor([step.token]))
+                    yield step
+        finally:  # also where whoever looks on has seen enough
+            one = len(self.texts.rows) == 1
+            self.texts.draws.end(shown if one else max(len(text.steps) for text in self.texts.rows))
         if self.streamer is not None:
             self.streamer.end()
 
@@ -180,9 +188,6 @@ class TokenLoop:
         if isinstance(self._stretch, AuditedStretch) and self._auditor is not None:
             self._auditor.add(self._stretch.compared())
         self._feed(texts)
-        if self.streamer is not None:
-            for step in new:
-                self.streamer.put(torch.tensor([step.token]))
         return new
 
     def _settle(self, readout: Readout) -> list[Step]:
@@ -285,8 +290,6 @@ class TokenLoop:
             text.scores.append(scores)
         if self.config.output_logits:
             text.logits.append(logits)
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor([step.token]))
 
     def _feed(self, texts: list[Text]) -> None:
         """Let finished texts go and give the others' last tokens to the scheduler."""

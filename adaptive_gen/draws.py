@@ -9,12 +9,15 @@ drafts comes out (the coupling of Daliri et al. 2024, arXiv 2408.07978).
 Axes: `positions` among the new tokens, `rows` of the batch, `vocab`.
 """
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ModelError
+
+_DRAWING = threading.Lock()  # one generator serves all threads
 
 
 class Draws:
@@ -26,6 +29,8 @@ class Draws:
         self._first = 0  # the position of the first numbers below
         self._numbers: list[Tensor] = []  # [rows, vocab] of each position
         self._states: list[Any] = []  # of the generator before each
+        self._alone = 0  # the position from which on nobody else has drawn in between
+        self._then: Tensor | None = None  # the generator's state after the last
 
     def at(self, position: int, vocab: int) -> Tensor:
         """The numbers of a position, [rows, vocab] float32."""
@@ -34,9 +39,13 @@ class Draws:
     def between(self, start: int, stop: int, vocab: int) -> list[Tensor]:
         """The numbers of positions, [rows, vocab] float32 each."""
         while self._first + len(self._numbers) < stop:
-            self._states.append(self._state())
             numbers = torch.empty(self._rows, vocab, dtype=torch.float32, device=self._device)
-            self._numbers.append(numbers.exponential_())
+            with _DRAWING:
+                if not self._untouched():
+                    self._alone = self._first + len(self._numbers)
+                self._states.append(self._state())
+                self._numbers.append(numbers.exponential_())
+                self._then = self._state()
         return self._numbers[start - self._first : stop - self._first]
 
     def forget(self, position: int) -> None:
@@ -46,13 +55,22 @@ class Draws:
         self._first += gone
 
     def end(self, position: int) -> None:
-        """Give back the numbers from a position on, as if they had not been drawn."""
+        """Give back the numbers from a position on, as if they had not been drawn.
+
+        Where others have drawn since, as another thread's text may have, nothing is given back:
+        they would get their own numbers again.
+        """
         kept = max(0, position - self._first)
-        if kept < len(self._states):
-            self._state(self._states[kept])
+        with _DRAWING:
+            if kept < len(self._states) and position >= self._alone and self._untouched():
+                self._state(self._states[kept])
         del self._numbers[kept:], self._states[kept:]
 
-    def _state(self, new: Tensor | None = None) -> Tensor | None:
+    def _untouched(self) -> bool:
+        """Whether the generator is as the last draw has left it."""
+        return self._then is not None and torch.equal(self._then, self._state())
+
+    def _state(self, new: Tensor | None = None) -> Any:
         """The state of the device's generator, or set it."""
         kind = self._device.type
         module: Any = torch if kind == "cpu" else torch.get_device_module(self._device)

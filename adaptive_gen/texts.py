@@ -98,10 +98,6 @@ class Texts:
         """New tokens that every text has for certain which goes on."""
         return min((len(text.steps) for text in self.rows if not text.finished), default=0)
 
-    def end(self) -> None:
-        """Leave the random generator as it would be without drafts."""
-        self.draws.end(max(len(text.steps) for text in self.rows))
-
     def _filled(self, rows: list[int]) -> list[int]:
         """For every row of the batch its place in `rows`; 0, a copy, for those that are not there.
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import adaptive_gen
+from adaptive_gen.draws import Draws
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.batch import BatchStretch
@@ -270,3 +271,70 @@ def _on_the_edge(scores, kept, n, top_p, min_p):
     return math.isclose(above, top_p, abs_tol=1e-5) or math.isclose(
         float(chances[n] / chances.max()), min_p, rel_tol=1e-5
     )
+
+
+def test_whoever_has_seen_enough_leaves_the_generator_there(tiny_llama, byte_tokenizer, stretches):
+    """However many tokens were decoded ahead of those that were shown."""
+    model, ahead = wrapped(tiny_llama(eos_token_id=None)), []
+    settings = {"threshold": 0.01, "max_new_tokens": 40, "do_sample": True}
+    for _ in range(2):
+        torch.manual_seed(0)
+        stream = adaptive_gen.stream(model, byte_tokenizer, "once", **settings)
+        for _ in range(10):
+            next(stream)
+        stream.close()
+        ahead.append(float(torch.rand(())))
+        assert sum(stretches) > 10
+        stretches.off()
+    assert ahead[0] == ahead[1]
+
+
+def test_a_streamer_that_fails_leaves_the_generator_there(tiny_llama, stretches):
+    class Failing:
+        def __init__(self):
+            self.seen = 0
+
+        def put(self, ids):
+            self.seen += ids.numel()
+            if self.seen == 7 + 10:
+                raise OSError("gone")
+
+    model, ahead = wrapped(tiny_llama(eos_token_id=None)), []
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"):
+            drawn(model, threshold=0.01, streamer=Failing())
+        ahead.append(float(torch.rand(())))
+        stretches.off()
+    assert ahead[0] == ahead[1]
+
+
+def test_numbers_that_others_have_drawn_since_are_not_given_back():
+    torch.manual_seed(0)
+    one, other = Draws(1, torch.device("cpu")), Draws(1, torch.device("cpu"))
+    numbers = [*one.between(0, 4, 50), *other.between(0, 4, 50), *one.between(4, 6, 50)]
+    one.end(1), other.end(4)
+    numbers += other.between(4, 12, 50)
+    assert len({tuple(row[0].tolist()) for row in numbers}) == 18
+    one.end(5)  # nor what they drew before
+    assert one.between(5, 6, 50)[0].tolist() not in [row.tolist() for row in numbers]
+
+
+def test_numbers_from_a_position_on_are_drawn_again():
+    torch.manual_seed(0)
+    draws = Draws(2, torch.device("cpu"))
+    numbers = draws.between(0, 6, 50)
+    draws.forget(2)
+    draws.end(4)
+    assert torch.equal(draws.at(3, 50), numbers[3])
+    assert torch.equal(draws.at(4, 50), numbers[4])
+    draws.end(5)
+    assert torch.equal(torch.empty(2, 50).exponential_(), numbers[5])
+
+
+@pytest.mark.parametrize("kwargs", [{"temperature": 1e40}, {"repetition_penalty": 1e-45}])
+def test_factors_that_float32_does_not_hold_are_transformers(tiny_llama, stretches, screen, kwargs):
+    model = wrapped(tiny_llama(eos_token_id=None))
+    kwargs |= {"do_sample": "temperature" in kwargs, "top_k": 5}
+    ours = drawn(model, threshold=1.0, **kwargs)
+    assert not stretches
+    assert_same(ours, drawn(model, adaptive=False, **kwargs))

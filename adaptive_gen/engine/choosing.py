@@ -44,6 +44,7 @@ _READ = {
     hf.TopPLogitsWarper: ("top_p",),
     hf.MinPLogitsWarper: ("min_p",),
 }
+_LEAST, _MOST = 1e-37, 1e38  # what float32 holds, about
 _USUAL = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
 
 
@@ -64,6 +65,9 @@ def choice(draws: Draws | None, processors: Any, said: Callable[[], list[Tensor]
             return None
         for name in _READ[type(processor)]:
             found[name] = getattr(processor, name, None)
+    factors = (found.get(name, 1.0) for name in ("penalty", "temperature"))
+    if not all(_LEAST <= factor <= _MOST for factor in factors):
+        return None
     return Choice(said, draws, **found)
 
 

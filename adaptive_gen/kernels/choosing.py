@@ -125,14 +125,12 @@ def _drawn(top: Any, scores: Any, settings: Any, kept: Any, noise: Any) -> int:
         least = kth_largest(k, scores, kept)
     if settings[TOP_P] < 1:
         least = max(least, _least_of_mass(top, least, settings[TOP_P], scores, kept))
-    if settings[MIN_P] > 0:
-        least = max(least, top + np.float32(math.log(settings[MIN_P])))
-    best, token = np.float32(-1), NONE
+    best, token, smallest = np.float32(-1), NONE, np.float32(settings[MIN_P])
     for n in range(vocab):
         if scores[n] >= least:
-            chance = exp(scores[n] - top) / noise[n]
-            if chance > best:
-                best, token = chance, n
+            chance = exp(scores[n] - top)  # over that of the likeliest
+            if chance >= smallest and chance / noise[n] > best:
+                best, token = chance / noise[n], n
     return token
 
 
@@ -140,7 +138,8 @@ def _drawn(top: Any, scores: Any, settings: Any, kept: Any, noise: Any) -> int:
 def _least_of_mass(top: Any, least: Any, share: float, scores: Any, kept: Any) -> Any:
     """The smallest of the largest scores that have a share of all chances together.
 
-    Only scores from `least` on have a chance.
+    Only scores from `least` on have a chance. Scores that equal the smallest all count, where
+    transformers leaves it to an unstable sort which of them do.
     """
     total, count = 0.0, 0
     for n in range(len(scores)):

@@ -1,6 +1,6 @@
 """The scheduler's loop for one text, compiled: tokens follow each other without leaving the kernel.
 
-It keeps the rules of `engine.scheduler` for a single greedy row, and the same state: what waits in
+It keeps the rules of `engine.scheduler` for a single row, and the same state: what waits in
 front of each segment, and how many tokens each layer holds. What decides an exit is a table of
 thresholds, worked out beforehand for every position.
 
@@ -56,7 +56,7 @@ def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
 def _check(i: int, s: int, newest: Any, model: Any, asking: Any, choosing: Any) -> Any:
     """The raw confidence after segment s, and the token if token i of the text leaves there.
 
-    A token of -1 goes on.
+    A token below 0 goes on.
     """
     _, _, head, gate, _ = model
     _, least, measure, worth, records = asking
