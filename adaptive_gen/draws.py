@@ -10,6 +10,7 @@ Axes: `positions` among the new tokens, `rows` of the batch, `vocab`.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Draws:
     def __init__(self, rows: int, device: torch.device):
         """Draw nothing yet; `rows` texts that end count as well, for transformers draws on."""
         self._rows, self._device = rows, device
+        self.exponential: Callable[[Tensor], Tensor] = Tensor.exponential_  # fills numbers
         self._first = 0  # the position of the first numbers below
         self._numbers: list[Tensor] = []  # [rows, vocab] of each position
         self._states: list[Any] = []  # of the generator before each
@@ -44,7 +46,7 @@ class Draws:
                 if not self._untouched():
                     self._alone = self._first + len(self._numbers)
                 self._states.append(self._state())
-                self._numbers.append(numbers.exponential_())
+                self._numbers.append(self.exponential(numbers))
                 self._then = self._state()
         return self._numbers[start - self._first : stop - self._first]
 

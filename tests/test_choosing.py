@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import adaptive_gen
-from adaptive_gen.draws import Draws
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.batch import BatchStretch
@@ -306,29 +305,6 @@ def test_a_streamer_that_fails_leaves_the_generator_there(tiny_llama, stretches)
         ahead.append(float(torch.rand(())))
         stretches.off()
     assert ahead[0] == ahead[1]
-
-
-def test_numbers_that_others_have_drawn_since_are_not_given_back():
-    torch.manual_seed(0)
-    one, other = Draws(1, torch.device("cpu")), Draws(1, torch.device("cpu"))
-    numbers = [*one.between(0, 4, 50), *other.between(0, 4, 50), *one.between(4, 6, 50)]
-    one.end(1), other.end(4)
-    numbers += other.between(4, 12, 50)
-    assert len({tuple(row[0].tolist()) for row in numbers}) == 18
-    one.end(5)  # nor what they drew before
-    assert one.between(5, 6, 50)[0].tolist() not in [row.tolist() for row in numbers]
-
-
-def test_numbers_from_a_position_on_are_drawn_again():
-    torch.manual_seed(0)
-    draws = Draws(2, torch.device("cpu"))
-    numbers = draws.between(0, 6, 50)
-    draws.forget(2)
-    draws.end(4)
-    assert torch.equal(draws.at(3, 50), numbers[3])
-    assert torch.equal(draws.at(4, 50), numbers[4])
-    draws.end(5)
-    assert torch.equal(torch.empty(2, 50).exponential_(), numbers[5])
 
 
 @pytest.mark.parametrize("kwargs", [{"temperature": 1e40}, {"repetition_penalty": 1e-45}])

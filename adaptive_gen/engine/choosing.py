@@ -12,6 +12,7 @@ from transformers.generation import logits_process as hf
 
 from ..draws import Draws
 from .panelled import padding
+from .twister import exponential_
 
 # To draw ahead, of 4 bytes: the draws behind a text's end are in vain.
 MOST_NUMBERS = 1 << 20
@@ -77,6 +78,8 @@ class Choosing:
     def __init__(self, choice: Choice, vocab: int, rows: int):
         """Make room; `vocab` tokens there are, `rows` texts to begin with."""
         self._choice, self._vocab, self._rows = choice, vocab, rows
+        if choice.draws is not None:
+            choice.draws.exponential = exponential_
         self._settings = np.array(
             [choice.penalty, choice.temperature, choice.top_k, choice.top_p, choice.min_p]
         )
