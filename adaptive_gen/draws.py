@@ -28,9 +28,10 @@ class Draws:
         """Draw nothing yet; `rows` texts that end count as well, for transformers draws on."""
         self._rows, self._device = rows, device
         self.exponential: Callable[[Tensor], Tensor] = Tensor.exponential_  # fills numbers
-        self._first = 0  # the position of the first numbers below
-        self._numbers: list[Tensor] = []  # [rows, vocab] of each position
-        self._states: list[Any] = []  # of the generator before each
+        # Of positions `_first`..`_next`, with room for some more; those before `_needed` may go.
+        self._numbers = torch.empty(0, rows, 0)
+        self._first = self._needed = self._next = 0
+        self._states: dict[int, Any] = {}  # the generator's before each position that is needed
         self._alone = 0  # the position from which on nobody else has drawn in between
         self._then: Tensor | None = None  # the generator's state after the last
 
@@ -38,23 +39,36 @@ class Draws:
         """The numbers of a position, [rows, vocab] float32."""
         return self.between(position, position + 1, vocab)[0]
 
-    def between(self, start: int, stop: int, vocab: int) -> list[Tensor]:
-        """The numbers of positions, [rows, vocab] float32 each."""
-        while self._first + len(self._numbers) < stop:
-            numbers = torch.empty(self._rows, vocab, dtype=torch.float32, device=self._device)
+    def between(self, start: int, stop: int, vocab: int) -> Tensor:
+        """The numbers of positions `start`..`stop`, [positions, rows, vocab] float32."""
+        if stop - self._first > len(self._numbers):
+            self._make_room(stop, vocab)
+        while self._next < stop:
             with _DRAWING:
                 if not self._untouched():
-                    self._alone = self._first + len(self._numbers)
-                self._states.append(self._state())
-                self._numbers.append(self.exponential(numbers))
+                    self._alone = self._next
+                self._states[self._next] = self._state()
+                self.exponential(self._numbers[self._next - self._first])
                 self._then = self._state()
+            self._next += 1
         return self._numbers[start - self._first : stop - self._first]
+
+    def _make_room(self, stop: int, vocab: int) -> None:
+        """Have room for positions up to `stop`, and twice that, so that this is rare."""
+        kept = self._numbers[self._needed - self._first : self._next - self._first]
+        room, older = 2 * (stop - self._needed), self._numbers
+        self._numbers = torch.empty(
+            room, self._rows, vocab, dtype=torch.float32, device=self._device
+        )
+        if len(older):
+            self._numbers[: len(kept)] = kept
+        self._first = self._needed
 
     def forget(self, position: int) -> None:
         """Let go of all numbers before a position: nobody will ask for them again."""
-        gone = max(0, min(position - self._first, len(self._numbers)))
-        del self._numbers[:gone], self._states[:gone]
-        self._first += gone
+        for gone in range(self._needed, min(position, self._next)):
+            del self._states[gone]
+        self._needed = max(self._needed, min(position, self._next))
 
     def end(self, position: int) -> None:
         """Give back the numbers from a position on, as if they had not been drawn.
@@ -62,11 +76,13 @@ class Draws:
         Where others have drawn since, as another thread's text may have, nothing is given back:
         they would get their own numbers again.
         """
-        kept = max(0, position - self._first)
+        position = max(position, self._needed)
         with _DRAWING:
-            if kept < len(self._states) and position >= self._alone and self._untouched():
-                self._state(self._states[kept])
-        del self._numbers[kept:], self._states[kept:]
+            if self._alone <= position < self._next and self._untouched():
+                self._state(self._states[position])
+        for gone in range(position, self._next):
+            del self._states[gone]
+        self._next = min(self._next, position)
 
     def _untouched(self) -> bool:
         """Whether the generator is as the last draw has left it."""

@@ -11,12 +11,25 @@ from adaptive_gen.engine import twister
 def test_numbers_that_others_have_drawn_since_are_not_given_back():
     torch.manual_seed(0)
     one, other = Draws(1, torch.device("cpu")), Draws(1, torch.device("cpu"))
-    numbers = [*one.between(0, 4, 50), *other.between(0, 4, 50), *one.between(4, 6, 50)]
+    drawn = []
+    for draws, start, stop in ((one, 0, 4), (other, 0, 4), (one, 4, 6)):
+        drawn += draws.between(start, stop, 50).tolist()
     one.end(1), other.end(4)
-    numbers += other.between(4, 12, 50)
-    assert len({tuple(row[0].tolist()) for row in numbers}) == 18
-    one.end(5)  # nor what they drew before
-    assert one.between(5, 6, 50)[0].tolist() not in [row.tolist() for row in numbers]
+    drawn += other.between(4, 12, 50).tolist()
+    one.end(0)  # nor what was drawn before others did
+    drawn += one.between(0, 3, 50).tolist()
+    assert len({tuple(numbers) for [numbers] in drawn}) == len(drawn)
+
+
+def test_numbers_stay_while_they_are_needed():
+    torch.manual_seed(0)
+    expected = torch.stack([torch.empty(2, 50).exponential_() for _ in range(40)])
+    torch.manual_seed(0)
+    draws = Draws(2, torch.device("cpu"))
+    for start in range(0, 36, 3):
+        draws.forget(start)
+        assert torch.equal(draws.between(start, start + 4, 50), expected[start : start + 4])
+        assert torch.equal(draws.at(start + 1, 50), expected[start + 1])
 
 
 def test_numbers_from_a_position_on_are_drawn_again():

@@ -37,7 +37,7 @@ class BatchStretch(Stretch):
         scheduler, rows = self._scheduler, self._scheduler.rows
         count = self._choosing.most(min(*most, self._pace.tokens))
         chosen = np.array([len(row.unjudged) for row in rows])
-        width = max(count, self._choosing.most(count + self._surplus), 1 + int(chosen.max()))
+        width = max(count, self._choosing.most(count, self._surplus), 1 + int(chosen.max()))
         stages = np.array([row.stage for row in rows])
         # Of what is next to stand; a row's newest token may be on its way already.
         starts = np.array([row.position for row in rows]) + (stages < 0) - chosen

@@ -14,8 +14,9 @@ from ..draws import Draws
 from .panelled import padding
 from .twister import exponential_
 
-# To draw ahead, of 4 bytes: the draws behind a text's end are in vain.
-MOST_NUMBERS = 1 << 20
+# Of 4 bytes, to draw ahead for a stretch, since those behind a text's end are in vain; and for its
+# drafts besides. What has no numbers counts as a text's end: full depth judges the drafts there.
+MOST_NUMBERS, MOST_WITH_DRAFTS = 1 << 20, 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +89,18 @@ class Choosing:
         self._said = np.zeros((0, vocab), np.int32)  # times, [rows, vocab]
         self._begun = False
 
-    def most(self, tokens: int) -> int:
-        """How many of so many tokens of each text to choose at once."""
+    def most(self, tokens: int, drafts: int = 0) -> int:
+        """How many of so many tokens of each text to choose at once, and of drafts beyond."""
         if self._choice.draws is None:
-            return tokens
-        return min(tokens, max(1, MOST_NUMBERS // (self._vocab * self._rows)))
+            return tokens + drafts
+        numbers = MOST_WITH_DRAFTS if drafts else MOST_NUMBERS
+        return min(tokens + drafts, max(1, numbers // (self._vocab * self._rows)))
 
     def arrays(self, start: int, stop: int, rows: list[int]) -> tuple[Any, ...]:
         """What the kernel needs to choose tokens; see `kernels.choosing`.
 
         Args:
-            start: the first position among the new tokens, which will not be asked for again.
+            start: the first position among the new tokens; those before it are done with.
             stop: the one behind the last.
             rows: of the texts that go on.
         """
@@ -110,7 +112,7 @@ class Choosing:
         numbers = np.zeros((0, self._rows, self._vocab), np.float32)
         if choice.draws is not None and stop > start:
             choice.draws.forget(start)
-            numbers = torch.stack(choice.draws.between(start, stop, self._vocab)).numpy()
+            numbers = choice.draws.between(start, stop, self._vocab).numpy()
         return self._settings, np.array(rows), numbers, self._said, *self._scratch
 
     def _counted(self) -> Any:

@@ -120,7 +120,7 @@ class Stretch:
         """
         scheduler, (row,) = self._scheduler, self._scheduler.rows
         count = self._choosing.most(min(*most, self._pace.tokens))
-        room = min(*most, max(count, self._choosing.most(count + self._surplus)))
+        room = min(*most, max(count, self._choosing.most(count, self._surplus)))
         lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
         waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)

@@ -14,9 +14,11 @@ in front of it, with all that waits there for them. What changes with several te
 - `asking`: tables as there, by position; where each row's next token is in them, [rows]; measure;
   what one that leaves is worth, and records [rows, exits, 4].
 - `caps`: most tokens of each row that may wait in front of a segment, [rows].
+- `choosing`: see `kernels.choosing`, for positions as `asking` has them.
 - `results`: [rows, tokens] each, and how many are chosen, [rows].
 """
 
+import math
 from typing import Any
 
 from .choosing import NONE, choose, plain, prepare
@@ -189,7 +191,6 @@ def ask(
         rows: how many have run it; the notes say which.
         caps: see above; likewise the rest.
         propagate: see `decode`.
-        choosing: see `kernels.choosing`, for positions as `asking` has them.
     """
     x, _, _, reading, notes, _, _ = desk
     _, _, counts, _, stages, _, _ = state
@@ -222,7 +223,11 @@ def ask(
         r = notes[0, n]
         i = chosen[r]
         if s == last or measure == GATE or not plain(choosing):
-            tokens[r, i] = choose(firsts[r] + i, r, n, head, choosing)
+            token = choose(firsts[r] + i, r, n, head, choosing)
+            if token == NONE and s < last:
+                confidences[r, i] = math.nan
+                continue
+            tokens[r, i] = token
         exits[r, i] = s
         chosen[r] += 1
         stages[r] = -1

@@ -154,7 +154,7 @@ def decode(
         newest: of texts whose last token has not been run, that token, [rows].
         ends: tokens that end a text.
         count: tokens to decode.
-        most: where each text ends by itself, [rows].
+        most: where each text ends by itself, or its room, [rows].
         caps: of each row, as many as are worth drafting, [rows]; changed.
         shallow_passes: see `rules.Rules`.
         drafting: see above; likewise `model`, `desk`, `state`, `asking`,

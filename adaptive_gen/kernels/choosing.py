@@ -24,7 +24,7 @@ from .largest import drop_first, heaped, kth_largest
 from .screen import keep_largest, look, token_of
 
 PENALTY, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(5)  # of the settings
-NONE = -2  # no token: the logits are no numbers
+NONE = -2  # no token can be drawn: the logits are no numbers
 
 
 @borrowing
@@ -78,10 +78,10 @@ def choose(at: int, text: int, row: int, head: Any, choosing: Any) -> int:
     _score(text, row, head, choosing)
     known = scores[: head[5]]
     top = best_two(known)[0]
-    if not -math.inf < top < math.inf:
-        return NONE
     if not len(draws):
         token = first_of(top, known)
+    elif not -math.inf < top < math.inf:
+        return NONE
     else:
         token = _drawn(top, known, settings, kept, draws[at, rows[text]])
     if token >= 0 and len(said):

@@ -81,8 +81,8 @@ def decode(
     Args:
         token: the text's last, which has not been run; nothing waits.
         ends: tokens that end a text.
-        count: tokens to decode at least; the results have room for more, and the text ends with
-            the last of them.
+        count: tokens to decode at least; the results have room for more, and the drafts are judged
+            where it ends.
         shallow: of `drafting.best_length`.
         cap: most tokens that may wait in front of a segment, however many drafts are worth it.
         record: of `drafting.observe`; changed.
