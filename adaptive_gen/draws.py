@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine.lasting import makes_lasting
 from .errors import ModelError
 
 _DRAWING = threading.Lock()  # one generator serves all threads
@@ -53,6 +54,7 @@ class Draws:
             self._next += 1
         return self._numbers[start - self._first : stop - self._first]
 
+    @makes_lasting
     def _make_room(self, stop: int, vocab: int) -> None:
         """Have room for positions up to `stop`, and twice that, so that this is rare."""
         kept = self._numbers[self._needed - self._first : self._next - self._first]

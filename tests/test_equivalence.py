@@ -62,7 +62,7 @@ def test_never_exiting_is_transformers_greedy(family, engine, length, new):
 
 
 @pytest.mark.parametrize(("family", "engine"), [(f, e) for f, e in ENGINES if f in THOROUGH])
-def test_never_exiting_draws_transformers_samples(family, engine):
+def test_full_depth_draws_transformers_samples_with_and_without_drafts(family, engine):
     model = adaptive_gen.wrap(families.make(family), engine=engine)
     settings = {
         "input_ids": prompt(9),
@@ -75,8 +75,9 @@ def test_never_exiting_draws_transformers_samples(family, engine):
     }
     torch.manual_seed(11)
     expected = model.generate(**settings)
-    torch.manual_seed(11)
-    assert torch.equal(model.generate(**settings, adaptive=True, threshold=1.0), expected)
+    for mode in ({"threshold": 1.0}, {"threshold": 0.01, "lossless": True}):
+        torch.manual_seed(11)
+        assert torch.equal(model.generate(**settings, adaptive=True, **mode), expected)
 
 
 class EveryThird:

@@ -20,6 +20,22 @@ def test_never_exiting_is_transformers_greedy(family):
     assert torch.equal(model.generate(**settings, adaptive=True, threshold=1.0), expected)
 
 
+@pytest.mark.parametrize("mode", [{"threshold": 1.0}, {"threshold": 0.05, "lossless": True}])
+@pytest.mark.parametrize("engine", ["module", "graphs"])
+def test_sampled_texts_are_transformers_from_the_same_seed(engine, mode):
+    model = families.make("llama", torch.float64).cuda()
+    model = adaptive_gen.wrap(model, exit_layers=[2, 4], engine=engine)
+    batch = torch.stack([PROMPT[0], PROMPT[0].flip(0)]).cuda()
+    settings = {"max_new_tokens": 48, "do_sample": True, "top_k": 20, "top_p": 0.9}
+    for ids in (PROMPT.cuda(), batch):
+        found = []
+        for how in ({"adaptive": False}, {"adaptive": True, **mode}):
+            torch.manual_seed(0)
+            text = model.generate(ids, **settings, **how)
+            found.append((text.tolist(), float(torch.rand((), device="cuda"))))
+        assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_device_changes_no_token_and_no_depth(family, kv):

@@ -112,7 +112,10 @@ def test_any_lossless_setting_is_transformers_greedy(
     ids=["plain", "processed"],
 )
 def test_lossless_sampling_has_full_depth_s_distribution(draws, processed):
-    """A chi-square test on three new tokens, whose last two are drafted by an exit."""
+    """A chi-square test on three new tokens, whose last two are drafted by an exit.
+
+    It knows nothing of numbers that belong to positions.
+    """
     model = adaptive_gen.wrap(
         families.make("llama", vocab_size=5, num_hidden_layers=4, initializer_range=0.2),
         exit_layers=[2],
