@@ -291,7 +291,9 @@ def _reply(
         chunks.close()
         whole = False
     ui.text("")
-    ui.footer(chunks.report, _calibrated_speedup(model, **depth))
+    sampled = decoding.get("do_sample", model.generation_config.do_sample)
+    # What `calibrate` measured are greedy texts.
+    ui.footer(chunks.report, None if sampled else _calibrated_speedup(model, **depth))
     return _Reply(tokens, whole, chunks.cache)
 
 

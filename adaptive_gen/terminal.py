@@ -20,7 +20,7 @@ def run_app(app: Any, name: str) -> None:
     option or value among it. With `ADAPTIVE_GEN_DEBUG=1` the traceback is shown instead.
     """
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         if os.environ.get("ADAPTIVE_GEN_DEBUG") == "1":

@@ -131,6 +131,7 @@ def test_the_footer_names_the_measured_speed_only_where_a_calibrated_point_is_in
     words = ("generate", "say:", "-m", calibrated)
     assert run(*words).err == f"{start}wall_speedup 1.50x (calibrated)\n"
     assert run(*words, "--target-speedup", "1.1").err == f"{start}wall_speedup 1.20x (calibrated)\n"
+    assert "calibrated" not in run(*words, "--temperature", "0.8").err  # greedy texts were measured
     assert run(*words, "--threshold", "0.9").err == f"{start}layer_speedup 1.60x\n"
 
 
