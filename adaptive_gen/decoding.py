@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .audit import Auditor, GuardedPolicy
 from .engine.backend import Backend
-from .engine.choosing import Choice, choice
+from .engine.choosing import Choice, choice_of
 from .engine.drafts import DraftLength
 from .engine.lasting import makes_lasting
 from .engine.rules import Readout
@@ -165,7 +165,7 @@ class TokenLoop:
         if config.output_scores or config.output_logits or texts.ends is None:
             return None
         draws = texts.draws if config.do_sample else None
-        return choice(draws, texts.logits_processor, texts.so_far)
+        return choice_of(draws, texts.logits_processor, texts.so_far)
 
     def _run_stretch(self) -> list[Step]:
         """Decode the next tokens of all open texts at once."""

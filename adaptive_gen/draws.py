@@ -56,13 +56,14 @@ class Draws:
 
     @makes_lasting
     def _make_room(self, stop: int, vocab: int) -> None:
-        """Have room for positions up to `stop`, and twice that, so that this is rare."""
-        kept = self._numbers[self._needed - self._first : self._next - self._first]
-        room, older = 2 * (stop - self._needed), self._numbers
-        self._numbers = torch.empty(
-            room, self._rows, vocab, dtype=torch.float32, device=self._device
-        )
-        if len(older):
+        """Have room for positions up to `stop`: half of it, so that this is rare."""
+        kept = self._numbers[self._needed - self._first : self._next - self._first].clone()
+        room = 2 * (stop - self._needed)
+        if room > len(self._numbers):
+            self._numbers = torch.empty(
+                room, self._rows, vocab, dtype=torch.float32, device=self._device
+            )
+        if len(kept):
             self._numbers[: len(kept)] = kept
         self._first = self._needed
 
@@ -114,5 +115,6 @@ def no_numbers() -> ModelError:
     """What to say of logits from which nothing can be drawn."""
     return ModelError(
         "the model's logits are no numbers, or none is left by the logits processors, so that "
-        "nothing can be drawn; look for infinite or missing weights."
+        "nothing can be drawn; look for weights that are infinite or nan, or for processors that "
+        "forbid every token."
     )

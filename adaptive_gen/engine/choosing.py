@@ -50,7 +50,9 @@ _LEAST, _MOST = 1e-37, 1e38  # what float32 holds, about
 _USUAL = {"filter_value": -math.inf, "min_tokens_to_keep": 1}
 
 
-def choice(draws: Draws | None, processors: Any, said: Callable[[], list[Tensor]]) -> Choice | None:
+def choice_of(
+    draws: Draws | None, processors: Any, said: Callable[[], list[Tensor]]
+) -> Choice | None:
     """What transformers' processors come to; None if compiled code cannot do the same.
 
     Args:
