@@ -17,6 +17,7 @@ from adaptive_gen.engine.stretch import Stretch
 from adaptive_gen.gate import Gate
 from adaptive_gen.kernels import choosing as kernels
 from adaptive_gen.kernels import largest
+from adaptive_gen.kernels.jit import entry
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(5, 12)[None]
@@ -237,6 +238,16 @@ def test_nothing_is_drawn_from_what_is_no_number(tiny_llama, stretches, screen, 
             drawn(model, threshold=1.0, seed=seed, **SAMPLED[name])
 
 
+@entry
+def kth_largest(k, numbers, heap):
+    return largest.kth_largest(k, numbers, heap)
+
+
+@entry
+def drawn_of(top, scores, settings, heap, noise):
+    return kernels._drawn(top, scores, settings, heap, noise)
+
+
 numbers = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60, unique=True)
 
 
@@ -244,7 +255,7 @@ numbers = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60, unique
 def test_the_kth_largest_number(found, data):
     k = data.draw(st.integers(1, len(found)))
     heap = np.zeros(len(found), np.int64)
-    assert largest.kth_largest(k, np.array(found, np.float32), heap) == sorted(found)[-k]
+    assert kth_largest(k, np.array(found, np.float32), heap) == sorted(found)[-k]
 
 
 @given(numbers, st.integers(0, 70), st.floats(0.01, 1), st.floats(0, 1))
@@ -258,7 +269,7 @@ def test_what_may_be_drawn_is_what_transformers_keeps(found, top_k, top_p, min_p
     for n in range(len(found)):
         noise = np.full(len(found), 1e10, np.float32)
         noise[n] = 1e-25
-        drawn = kernels._drawn(scores.max(), scores, settings, heap, noise)
+        drawn = drawn_of(scores.max(), scores, settings, heap, noise)
         if (drawn == n) != bool(kept[n].isfinite()):
             assert _on_the_edge(scores, kept, n, top_p, min_p)
 

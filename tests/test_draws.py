@@ -6,6 +6,8 @@ import torch
 
 from adaptive_gen.draws import Draws
 from adaptive_gen.engine import twister
+from adaptive_gen.kernels.jit import entry
+from adaptive_gen.kernels.twister import _logarithms
 
 
 def test_numbers_that_others_have_drawn_since_are_not_given_back():
@@ -66,14 +68,18 @@ def test_compiled_draws_are_torchs(quick, count, before):
     assert torch.equal(next_numbers, then)
 
 
+@entry
+def logarithms(words, scratch, bits, out):
+    _logarithms(words, scratch, bits, out)
+
+
 def test_a_logarithm_is_right_from_end_to_end(quick):
     """For the smallest uniform numbers there are, for those next to 1, and around the seams."""
-    kernel = twister.kernel("twister")
     uniform = [0, 1, 2, 2**20, 2**51, 2**52 - 1, 2**52, 2**53 - 2, 2**53 - 1]
     uniform += [int(2**53 * (1 - 2.0**-k * 0.5**0.5)) + d for k in (0, 1, 5) for d in (-1, 0, 1)]
     words = np.array([[n >> 32, n & 0xFFFFFFFF] for n in uniform], np.uint32).reshape(-1)
     scratch, out = np.empty(len(uniform)), np.empty(len(uniform), np.float32)
-    kernel._logarithms(words, scratch, scratch.view(np.int64), out)
+    logarithms(words, scratch, scratch.view(np.int64), out)
     expected = -np.log1p(-np.array(uniform, np.float64) * 2.0**-53)
     np.testing.assert_allclose(out, expected.astype(np.float32), rtol=2e-7)
 

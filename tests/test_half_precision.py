@@ -8,6 +8,7 @@ import logging
 
 import families
 import pytest
+import screening
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -299,12 +300,12 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     expected = torch.nn.functional.linear(norm.float()(states), head.weight.float())
     for some, logits in zip(states, expected, strict=True):
         tokens = logits.argmax(-1).tolist()
-        screen.look(some.numpy(), desk)
-        assert [screen.token_of(row, desk) for row in range(3)] == tokens
+        screening.look(some.numpy(), desk)
+        assert [screening.token_of(row, desk) for row in range(3)] == tokens
         for row, sure in enumerate(Confidences(measure)(logits, 2)):
             for least, token in ((sure - 1e-3, tokens[row]), (sure + 1e-3, -1)):
-                screen.look(some.numpy(), desk)
-                assert screen.leaves(row, least, index, desk)[1] == token
+                screening.look(some.numpy(), desk)
+                assert screening.leaves(row, least, index, desk)[1] == token
 
 
 @either

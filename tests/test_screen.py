@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import screening
 import torch
 
 from adaptive_gen.confidence import Confidences
@@ -44,8 +45,8 @@ def test_the_token_is_that_of_the_whole_head(vocab, dtype, screened):
     of = readout(vocab, dtype)
     desk = of.with_room(ROWS)
     for states in hidden_states(of, 60 * ROWS).split(ROWS):
-        screen.look(states.numpy(), desk)
-        found = [screen.token_of(row, desk) for row in range(ROWS)]
+        screening.look(states.numpy(), desk)
+        found = [screening.token_of(row, desk) for row in range(ROWS)]
         assert found == of(states).argmax(-1).tolist()
 
 
@@ -62,8 +63,8 @@ def test_the_same_tokens_leave_as_with_the_whole_head(measure, dtype, screened):
         exact = CompiledConfidences(Confidences(measure))(logits, 2)
         near = [raw + step for raw in exact for step in (-little, little)]
         for least, row in itertools.product([-np.inf, 0.2, 0.5, 0.8, *near, np.inf], range(ROWS)):
-            screen.look(states.numpy(), desk)
-            raw, token = screen.leaves(row, least, index, desk)
+            screening.look(states.numpy(), desk)
+            raw, token = screening.leaves(row, least, index, desk)
             leaves = exact[row] >= least
             assert token == (int(logits[row].argmax()) if leaves else -1)
             if leaves:
@@ -79,7 +80,7 @@ def test_no_logit_is_off_by_more_than_it_is_doubted(screened):
     desk = of.with_room(ROWS)
     doubt = desk[6][2]
     for states in hidden_states(of, 20 * ROWS).split(ROWS):
-        screen.look(states.numpy(), desk)
+        screening.look(states.numpy(), desk)
         off = np.abs(desk[4] - of(states).numpy())
         assert (off.reshape(ROWS, len(doubt), -1).max(-1) <= doubt).all()
         assert off.max() > 0, "the screen is not the head itself"
@@ -90,9 +91,9 @@ def test_of_equal_logits_the_first_counts(screened):
     head[:, [7, 20, 40]] = torch.randn(HIDDEN, 1)
     of = CompiledReadout(FusedReadout(head, head.new_tensor(0.01)), head.new_ones(len(head)))
     desk = of.with_room(1)
-    screen.look(head[:, 7][None].numpy(), desk)
-    assert screen.token_of(0, desk) == 7
-    raw, token = screen.leaves(0, 0.0, screen.MARGIN, desk)
+    screening.look(head[:, 7][None].numpy(), desk)
+    assert screening.token_of(0, desk) == 7
+    raw, token = screening.leaves(0, 0.0, screen.MARGIN, desk)
     assert (token, raw) == (7, pytest.approx(0.0, abs=screen.WIDTH / 2))
 
 
@@ -102,12 +103,12 @@ def test_a_token_is_found_without_most_of_the_head(screened):
     of = readout(512)
     states = of._long.head[:, 100][None].contiguous()
     desk = of.with_room(1)
-    screen.look(states.numpy(), desk)
-    token, read = screen.token_of(0, desk), desk[6][5].copy()
+    screening.look(states.numpy(), desk)
+    token, read = screening.token_of(0, desk), desk[6][5].copy()
     assert read.sum() < len(read) / 4
     of.panels[~read] = np.nan
-    screen.look(states.numpy(), desk)
-    assert screen.token_of(0, desk) == token
+    screening.look(states.numpy(), desk)
+    assert screening.token_of(0, desk) == token
 
 
 def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
@@ -125,8 +126,8 @@ def test_states_without_a_number_still_give_a_token(count, screened):
     of = readout(16 * count)
     desk = of.with_room(1)
     nothing = np.full((1, HIDDEN), np.nan, np.float32)
-    screen.look(nothing, desk)
-    assert 0 <= screen.token_of(0, desk) < 16 * count
+    screening.look(nothing, desk)
+    assert 0 <= screening.token_of(0, desk) < 16 * count
     for measure in (screen.MARGIN, screen.MAX_PROB, screen.ENTROPY):
-        screen.look(nothing, desk)
-        assert screen.leaves(0, 0.5, measure, desk)[1] == -1, "and none leaves"
+        screening.look(nothing, desk)
+        assert screening.leaves(0, 0.5, measure, desk)[1] == -1, "and none leaves"

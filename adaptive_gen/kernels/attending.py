@@ -10,7 +10,7 @@ from numba.np.numpy_support import carray
 
 from . import team as words
 from .exponential import exp
-from .freshness import borrowing, compiled
+from .jit import compiled, entry, inner
 from .lanes import (
     LANES,
     add_values,
@@ -31,7 +31,7 @@ QUERY, OUT, SEEN, OWN = range(4)
 PLAN = 4 * TOGETHER + words.JOB_WORDS
 
 
-@borrowing
+@inner
 def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
     """One head's attention to [keys, head_dim]; `scores` has room for them."""
     count, size = keys.shape
@@ -51,7 +51,7 @@ def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> No
             out[d] += share * value[d]
 
 
-@borrowing
+@inner
 def _product(query: Any, key: Any) -> Any:
     total = query.dtype.type(0)
     for d in range(query.shape[0]):
@@ -59,7 +59,7 @@ def _product(query: Any, key: Any) -> Any:
     return total
 
 
-@borrowing
+@entry
 def attend(
     projected: Any,
     mixed: Any,
@@ -129,7 +129,7 @@ def attend(
     words.finish(team, chunks - own)
 
 
-@borrowing
+@inner
 def _attend_pair(
     pair: int,
     projected: Any,
@@ -153,7 +153,7 @@ def _attend_pair(
     attend_head(projected[m, start:stop], keys, values, scores, mixed[m, start:stop])
 
 
-@borrowing
+@inner
 def _attend_pairs(
     job: Any, place: Any, first_pair: int, last_pair: int, thread: int, together: Any
 ) -> None:
@@ -189,12 +189,12 @@ def _attend_pairs(
             m, kv_head = 0, kv_head + 1
 
 
-@borrowing
+@inner
 def _first_seen(position: int, window: int) -> int:
     return max(0, position + 1 - window) if window else 0
 
 
-@borrowing
+@inner
 def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
     """Attention by several queries to the keys from `keys` on, those that see fewest first.
 

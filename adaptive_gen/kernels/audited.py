@@ -12,11 +12,11 @@ besides:
 from typing import Any
 
 from .decode import among, descend
-from .freshness import borrowing
+from .jit import entry, inner
 from .screen import look, token_of
 
 
-@borrowing
+@inner
 def _compare(block: int, x: Any, head: Any, audit: Any) -> int:
     """Compare what waits with what full depth chooses, by the block's states but the last.
 
@@ -38,7 +38,7 @@ def _compare(block: int, x: Any, head: Any, audit: Any) -> int:
     return token
 
 
-@borrowing
+@entry
 def decode(
     token: int,
     ends: Any,

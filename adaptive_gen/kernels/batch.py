@@ -24,11 +24,11 @@ from typing import Any
 from .choosing import NONE, choose, plain, prepare
 from .cpu import copy, run_layers, store_layers
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
-from .freshness import borrowing
+from .jit import entry, inner
 from .screen import GATE, leaves, look
 
 
-@borrowing
+@inner
 def _next_segment(stages: Any, shallow: Any, shallow_passes: int) -> int:
     """What runs next, as `Scheduler` has it."""
     first, deeper = False, 0
@@ -43,7 +43,7 @@ def _next_segment(stages: Any, shallow: Any, shallow_passes: int) -> int:
     return 0
 
 
-@borrowing
+@inner
 def _lay_out(s: int, stages: Any, staying: int, desk: Any, state: Any) -> Any:
     """Lay what waits in front of segment s on the desk, for rows whose stage it is.
 
@@ -78,7 +78,7 @@ def _lay_out(s: int, stages: Any, staying: int, desk: Any, state: Any) -> Any:
     return block, rows
 
 
-@borrowing
+@inner
 def _pass_on(s: int, block: int, desk: Any, state: Any) -> None:
     """Let the block on the desk wait in front of segment s."""
     x, place, (_, waiting, counts, _, _, _, _) = desk[0], desk[1], state
@@ -88,7 +88,7 @@ def _pass_on(s: int, block: int, desk: Any, state: Any) -> None:
         counts[s, r] += 1
 
 
-@borrowing
+@inner
 def run(s: int, stages: Any, model: Any, desk: Any, state: Any) -> Any:
     """Run segment s on all that waits there for rows whose stage it is, and let it wait further on.
 
@@ -121,7 +121,7 @@ def run(s: int, stages: Any, model: Any, desk: Any, state: Any) -> Any:
     return block, rows
 
 
-@borrowing
+@inner
 def _store(s: int, stages: Any, staying: int, model: Any, desk: Any, state: Any) -> None:
     """Propagate what waits in front of segment s, into the next queue; see `_lay_out`."""
     x, place, turn, _, _, _, buffers = desk
@@ -145,7 +145,7 @@ def _store(s: int, stages: Any, staying: int, model: Any, desk: Any, state: Any)
         state[6][CAUGHT_UP] += block
 
 
-@borrowing
+@inner
 def advance(shallow_passes: int, propagate: int, model: Any, desk: Any, state: Any) -> Any:
     """Run what comes next, for the rows that wait there.
 
@@ -171,7 +171,7 @@ def advance(shallow_passes: int, propagate: int, model: Any, desk: Any, state: A
     return s, rows
 
 
-@borrowing
+@inner
 def ask(
     s: int,
     rows: int,
@@ -233,7 +233,7 @@ def ask(
         stages[r] = -1
 
 
-@borrowing
+@inner
 def _sure(s: int, asks: int, desk: Any, asking: Any, results: Any, head: Any, choosing: Any) -> int:
     """Of rows whose states are to be read out, keep those that leave after segment s.
 
@@ -267,7 +267,7 @@ def _sure(s: int, asks: int, desk: Any, asking: Any, results: Any, head: Any, ch
     return leaving
 
 
-@borrowing
+@inner
 def _empty_full(s: int, caps: Any, model: Any, desk: Any, state: Any) -> None:
     """Propagate what waits behind segment s for rows that have just left, where it is too much."""
     _, _, counts, _, stages, _, _ = state
@@ -281,7 +281,7 @@ def _empty_full(s: int, caps: Any, model: Any, desk: Any, state: Any) -> None:
         _store(deeper, emptied, 0, model, desk, state)
 
 
-@borrowing
+@inner
 def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
     """Put the last token of texts whose token has left in front of the first segment."""
     _, waiting, counts, _, stages, _, _ = state
@@ -293,7 +293,7 @@ def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
             counts[0, r], stages[r] = 1, 0
 
 
-@borrowing
+@entry
 def decode(
     newest: Any,
     ends: Any,

@@ -16,14 +16,13 @@ from .batch import advance, ask, feed, run
 from .choosing import NONE, choose, prepare, unsay
 from .cpu import copy
 from .decode import CAUGHT_UP, among
-from .freshness import borrowing
-from .team import kept
+from .jit import entry, exact, inner
 
-_observe = kept(drafts.observe)
-_best_length = kept(drafts.best_length)
+_observe = exact(drafts.observe)
+_best_length = exact(drafts.best_length)
 
 
-@borrowing
+@inner
 def _flush(flushed: Any, model: Any, desk: Any, state: Any) -> int:
     """Run all that waits for some rows through to the end; returns how many they are.
 
@@ -42,7 +41,7 @@ def _flush(flushed: Any, model: Any, desk: Any, state: Any) -> int:
     return rows
 
 
-@borrowing
+@inner
 def _settle(
     r: int,
     stood: int,
@@ -79,7 +78,7 @@ def _settle(
     caps[r] = _best_length(records[r], shallow, most)
 
 
-@borrowing
+@inner
 def _judge(
     rows: int,
     follows: int,
@@ -132,7 +131,7 @@ def _judge(
                 m, j = m + 1, 0
 
 
-@borrowing
+@entry
 def decode(
     newest: Any,
     ends: Any,

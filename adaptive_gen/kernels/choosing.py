@@ -19,7 +19,7 @@ import numpy as np
 
 from .cpu import best_two, first_of, read_out
 from .exponential import exp
-from .freshness import borrowing
+from .jit import inner
 from .largest import drop_first, heaped, kth_largest
 from .screen import keep_largest, look, token_of
 
@@ -27,20 +27,20 @@ PENALTY, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(5)  # of the settings
 NONE = -2  # no token can be drawn: the logits are no numbers
 
 
-@borrowing
+@inner
 def plain(choosing: Any) -> bool:
     """Whether the largest logit is all that matters."""
     return not len(choosing[5])
 
 
-@borrowing
+@inner
 def _few_matter(head: Any, choosing: Any) -> bool:
     """Whether the screen tells which few logits have a say."""
     settings, _, draws, said, _, _ = choosing
     return settings[TOP_K] > 0 and len(draws) > 0 and not len(said) and head[6][0].shape[0] > 0
 
 
-@borrowing
+@inner
 def prepare(x: Any, looked: bool, head: Any, choosing: Any) -> None:
     """Prepare what `choose` says of hidden states.
 
@@ -58,7 +58,7 @@ def prepare(x: Any, looked: bool, head: Any, choosing: Any) -> None:
         read_out(x, floor, gain, panels, scale, gained, logits[: x.shape[0]], team)
 
 
-@borrowing
+@inner
 def choose(at: int, text: int, row: int, head: Any, choosing: Any) -> int:
     """The token that a hidden state leads to, by what was prepared; and take note of it.
 
@@ -89,7 +89,7 @@ def choose(at: int, text: int, row: int, head: Any, choosing: Any) -> int:
     return token
 
 
-@borrowing
+@inner
 def unsay(text: int, token: int, choosing: Any) -> None:
     """Forget a token that was chosen for a text: it may not stand."""
     _, rows, _, said, _, _ = choosing
@@ -97,7 +97,7 @@ def unsay(text: int, token: int, choosing: Any) -> None:
         said[rows[text], token] -= 1
 
 
-@borrowing
+@inner
 def _score(text: int, row: int, head: Any, choosing: Any) -> None:
     """The scores: logits after penalty and temperature; -inf for tokens that are not drawn."""
     settings, rows, _, said, scores, kept = choosing
@@ -116,7 +116,7 @@ def _score(text: int, row: int, head: Any, choosing: Any) -> None:
             scores[n] /= heat
 
 
-@borrowing
+@inner
 def _drawn(top: Any, scores: Any, settings: Any, kept: Any, noise: Any) -> int:
     """A token of those that settings keep, drawn by the chances of their scores."""
     vocab, k = len(scores), int(settings[TOP_K])
@@ -134,7 +134,7 @@ def _drawn(top: Any, scores: Any, settings: Any, kept: Any, noise: Any) -> int:
     return token
 
 
-@borrowing
+@inner
 def _least_of_mass(top: Any, least: Any, share: float, scores: Any, kept: Any) -> Any:
     """The smallest of the largest scores that have a share of all chances together.
 

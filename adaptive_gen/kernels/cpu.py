@@ -16,7 +16,7 @@ import numpy as np
 
 from .attending import attend
 from .exponential import exp
-from .freshness import borrowing
+from .jit import entry, inner
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .logits import two_of_panels
 from .panels import PANEL
@@ -27,14 +27,14 @@ NORMED_FIRST, WHOLE_HEADS, APPROXIMATE_GELU = range(3)  # of a model's traits
 _STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
-@borrowing
+@inner
 def copy(row: Any, into: Any) -> None:
     """Write as many numbers of a row as `into` has room for."""
     for n in range(into.shape[0]):
         into[n] = row[n]
 
 
-@borrowing
+@inner
 def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
     """Divide each token's hidden state by its length or more, see `FusedModel`."""
     for m in range(tokens):
@@ -47,7 +47,7 @@ def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
             into[n] = row[n] * factor
 
 
-@borrowing
+@inner
 def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
     """Multiply normed hidden states by what the weights behind them do not have folded in, if any.
 
@@ -63,7 +63,7 @@ def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
             into[n] = row[n] * gain[n]
 
 
-@borrowing
+@inner
 def _turn(heads: Any, turn: Any) -> None:
     """Rotate [heads, head_dim] by [head_dim / 2, (cos, sin)], pairs side by side."""
     for h in range(heads.shape[0]):
@@ -74,7 +74,7 @@ def _turn(heads: Any, turn: Any) -> None:
             head[2 * d + 1] = real * turn[d, 1] + imaginary * turn[d, 0]
 
 
-@borrowing
+@inner
 def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: int) -> None:
     """Add what `norm` makes of x, times a gain [hidden], to y."""
     norm(x, floor, normed, tokens)
@@ -84,7 +84,7 @@ def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: in
             into[n] += row[n] * gain[n]
 
 
-@borrowing
+@inner
 def _norm_heads(heads: Any, gain: Any, floor: float, whole: bool) -> None:
     """Norm queries or keys [heads, head_dim], head by head or as a whole; there may be none."""
     together = max(1, heads.shape[0]) if whole else 1
@@ -101,7 +101,7 @@ def _norm_heads(heads: Any, gain: Any, floor: float, whole: bool) -> None:
                 head[d] *= factor * gain[h, d]
 
 
-@borrowing
+@inner
 def _place(
     projected: Any,
     first: int,
@@ -157,7 +157,7 @@ def _place(
             copy(by_head[turned + h], kv[layer, 1, row, h, position])
 
 
-@borrowing
+@inner
 def _add_bias(y: Any, bias: Any, tokens: int) -> None:
     for m in range(tokens):
         row = y[m]
@@ -165,7 +165,7 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
             row[n] += bias[n]
 
 
-@borrowing
+@inner
 def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: int) -> None:
     """Write what attention or the MLP is given of hidden states: normed or as they are."""
     if norms:
@@ -176,7 +176,7 @@ def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: in
             copy(x[m], normed[m])
 
 
-@borrowing
+@inner
 def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> None:
     """Let the gates, `inner` numbers of each token, through to what lies behind them."""
     one = wide.dtype.type(1)
@@ -192,7 +192,7 @@ def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> Non
                 gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
 
 
-@borrowing
+@entry
 def run_layers(
     start: int,
     stop: int,
@@ -271,7 +271,7 @@ def run_layers(
             add_product(wide, down[layer], down_scale[layer], y, going, team)
 
 
-@borrowing
+@entry
 def store_layers(
     start: int,
     stop: int,
@@ -298,7 +298,7 @@ def store_layers(
         _place(projected, heads, heads, turns, kv, layer, place, *norming)
 
 
-@borrowing
+@entry
 def read_out(
     x: Any, floor: float, gain: Any, head: Any, scale: Any, normed: Any, out: Any, team: Any
 ) -> None:
@@ -321,7 +321,7 @@ def read_out(
     add_product(normed, head, scale, out, tokens, team)
 
 
-@borrowing
+@inner
 def best_two(row: Any) -> Any:
     """The largest of some numbers and the second, which may be as large."""
     top, second = two_of_panels(row)
@@ -333,7 +333,7 @@ def best_two(row: Any) -> Any:
     return top, second
 
 
-@borrowing
+@inner
 def first_of(largest: Any, row: Any) -> int:
     """Where the largest number of a row is, the first of equals."""
     n = 0
@@ -342,7 +342,7 @@ def first_of(largest: Any, row: Any) -> int:
     return n
 
 
-@borrowing
+@inner
 def summary(row: Any) -> Any:
     """The fields of `confidence.Summary` for logits [vocab]."""
     top, second = best_two(row)
@@ -358,7 +358,7 @@ def summary(row: Any) -> Any:
     return exact(top), exact(second), exact(token), exact(top + log), exact(log - weighted / total)
 
 
-@borrowing
+@entry
 def summarise(logits: Any, out: Any) -> None:
     """The fields of `confidence.Summary` for each row of logits [tokens, vocab], [tokens, 5]."""
     for m in range(logits.shape[0]):

@@ -31,18 +31,17 @@ from typing import Any
 from ..engine import thrift
 from .choosing import NONE, choose, plain, prepare
 from .cpu import copy, norm, run_layers, store_layers
-from .freshness import borrowing
 from .half import number
+from .jit import entry, exact, inner
 from .screen import GATE, leaves, look
-from .team import kept
 
-due = kept(thrift.due)
-observe = kept(thrift.observe)
+due = exact(thrift.due)
+observe = exact(thrift.observe)
 
 LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` counts them
 
 
-@borrowing
+@inner
 def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
     """A probe's confidence in the first hidden state of x [1, hidden in whole panels]."""
     norm(x, floor, normed, 1)
@@ -52,7 +51,7 @@ def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
     return 1.0 / (1.0 + math.exp(-(total + bias)))
 
 
-@borrowing
+@inner
 def _check(i: int, s: int, newest: Any, model: Any, asking: Any, choosing: Any) -> Any:
     """The raw confidence after segment s, and the token if token i of the text leaves there.
 
@@ -76,14 +75,14 @@ def _check(i: int, s: int, newest: Any, model: Any, asking: Any, choosing: Any) 
     return raw, token
 
 
-@borrowing
+@inner
 def _set_out(place: Any, start: int, count: int) -> None:
     """Tokens of the first row from position `start` on."""
     for i in range(count):
         place[i, 0], place[i, 1] = 0, start + i
 
 
-@borrowing
+@inner
 def wait(s: int, block: int, x: Any, state: Any) -> None:
     """Put the first `block` tokens of the desk in front of segment s."""
     _, waiting, counts, _, _ = state
@@ -92,7 +91,7 @@ def wait(s: int, block: int, x: Any, state: Any) -> None:
     counts[s] += block
 
 
-@borrowing
+@inner
 def take(s: int, x: Any, state: Any) -> int:
     """Lay all that waits in front of segment s on the desk; returns how much it is."""
     _, waiting, counts, _, _ = state
@@ -103,7 +102,7 @@ def take(s: int, x: Any, state: Any) -> int:
     return block
 
 
-@borrowing
+@inner
 def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> None:
     """Run segment s on the first `block` tokens of the desk; see `run_layers` for `wanted`."""
     x, place, turns, buffers = desk
@@ -125,7 +124,7 @@ def run(s: int, block: int, wanted: int, model: Any, desk: Any, state: Any) -> N
     tallies[LAYERS_RUN] += bounds[s + 1] - bounds[s]
 
 
-@borrowing
+@inner
 def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
     """Propagate the first `block` tokens of the desk through segment s, into the next queue."""
     x, place, turns, buffers = desk
@@ -149,7 +148,7 @@ def _store(s: int, block: int, model: Any, desk: Any, state: Any) -> None:
         tallies[CAUGHT_UP] += block
 
 
-@borrowing
+@inner
 def descend(
     i: int,
     token: int,
@@ -207,7 +206,7 @@ def descend(
     return -1, block
 
 
-@borrowing
+@inner
 def embed(embedding: Any, token: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
@@ -223,7 +222,7 @@ def embed(embedding: Any, token: int, x: Any) -> None:
         x[n] = number(row[n]) * factor[0]
 
 
-@borrowing
+@inner
 def among(token: int, ends: Any) -> bool:
     """Whether a token ends a text."""
     for end in ends:
@@ -232,7 +231,7 @@ def among(token: int, ends: Any) -> bool:
     return False
 
 
-@borrowing
+@entry
 def decode(
     token: int,
     ends: Any,

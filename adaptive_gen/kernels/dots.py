@@ -19,8 +19,8 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from .freshness import compiled
 from .integers import Panel, scaled
+from .jit import compiled
 from .processor import LANES
 from .vectors import LANE, every, load, loop, word
 

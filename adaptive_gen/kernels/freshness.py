@@ -8,9 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from numba import njit
 from numba.core.caching import IndexDataCacheFile, NullCache
-from numba.core.cpu import CPUTargetOptions
 
 _FOLDER = Path(__file__).parent
 _COMPILED_TOO = tuple(_FOLDER.parent / "engine" / name for name in ("drafts.py", "thrift.py"))
@@ -57,33 +55,3 @@ def stamped(function: Any, sources: str = SOURCES) -> Any:
     except AttributeError:
         function._cache = NullCache()
     return function
-
-
-# What may be reordered: sums. Nobody may assume that there is no nan and no infinity.
-_SUMS = {"contract", "reassoc", "nsz", "arcp"}
-
-
-def compiled(function: Any) -> Any:
-    """Compile a function that makes arrays, or shares them with other threads."""
-    return _made(function, counts=True)
-
-
-def borrowing(function: Any) -> Any:
-    """Compile a function, as most kernels are: it only works on arrays that it is given.
-
-    Their references are not counted, which takes an atomic operation for every array of a tuple,
-    whenever that is handed on or taken apart.
-    """
-    return _made(function, counts=False)
-
-
-def _made(function: Any, counts: bool) -> Any:
-    options: dict[str, Any] = {
-        "fastmath": _SUMS,
-        "nogil": True,
-        "cache": True,
-        "error_model": "numpy",
-    }
-    if hasattr(CPUTargetOptions, "_nrt"):  # else all is counted, and that much slower
-        options["_nrt"] = counts
-    return stamped(njit(function, **options))

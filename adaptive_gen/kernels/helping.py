@@ -4,7 +4,7 @@ from typing import Any
 
 from . import team as words
 from .attending import help_attend
-from .freshness import compiled
+from .jit import compiled
 from .products import help_product
 from .team import ATTENTION, HALF, MASK, peek, put, spin
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .ahead import ask, ask_behind
-from .freshness import borrowing
+from .jit import inner
 from .processor import LANES
 from .vectors import every, load, place_of, word
 
@@ -21,7 +21,7 @@ ROUNDING = 0.51 / LARGEST
 _LEAST = 1e-30
 
 
-@borrowing
+@inner
 def scaled(row: Any) -> Any:
     """What states [in] are multiplied by before they are rounded, and what a step of them is.
 

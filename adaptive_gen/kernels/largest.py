@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .freshness import borrowing
+from .jit import inner
 
 
-@borrowing
+@inner
 def _sink(heap: Any, size: int, at: int, numbers: Any, largest: bool) -> None:
     """Let an index sink to its place among the first `size` of a heap.
 
@@ -29,21 +29,21 @@ def _sink(heap: Any, size: int, at: int, numbers: Any, largest: bool) -> None:
         at = below
 
 
-@borrowing
+@inner
 def heaped(heap: Any, size: int, numbers: Any, largest: bool) -> None:
     """Make a heap of its first `size` indices; see `_sink`."""
     for at in range(size // 2 - 1, -1, -1):
         _sink(heap, size, at, numbers, largest)
 
 
-@borrowing
+@inner
 def drop_first(heap: Any, size: int, numbers: Any) -> None:
     """Put the largest of a heap's first `size` indices behind the others."""
     heap[0], heap[size - 1] = heap[size - 1], heap[0]
     _sink(heap, size - 1, 0, numbers, True)
 
 
-@borrowing
+@inner
 def kth_largest(k: int, numbers: Any, heap: Any) -> Any:
     """The k-th largest of at least k numbers; `heap` [k or more] is for indices."""
     for n in range(k):

@@ -9,14 +9,13 @@ from typing import Any
 from ..engine import drafts as drafting
 from .choosing import NONE, choose, prepare, unsay
 from .decode import CAUGHT_UP, among, descend, run, take, wait
-from .freshness import borrowing
-from .team import kept
+from .jit import entry, exact, inner
 
-_observe = kept(drafting.observe)
-_best_length = kept(drafting.best_length)
+_observe = exact(drafting.observe)
+_best_length = exact(drafting.best_length)
 
 
-@borrowing
+@inner
 def _flush(model: Any, desk: Any, state: Any) -> int:
     """Run all that waits through to the end; returns the length of the block on the desk."""
     x, (_, _, counts, _, tallies) = desk[0], state
@@ -31,7 +30,7 @@ def _flush(model: Any, desk: Any, state: Any) -> int:
     return block
 
 
-@borrowing
+@inner
 def _judge(at: int, drafted: Any, first: int, wanted: int, x: Any, head: Any, choosing: Any) -> Any:
     """Compare drafts with what full depth chooses.
 
@@ -61,7 +60,7 @@ def _judge(at: int, drafted: Any, first: int, wanted: int, x: Any, head: Any, ch
     return len(drafted), -1
 
 
-@borrowing
+@entry
 def decode(
     token: int,
     ends: Any,

@@ -8,8 +8,8 @@ from numba.np.numpy_support import carray
 
 from . import dots, pairs
 from . import team as words
-from .freshness import borrowing, compiled
 from .half import BFLOAT16, FLOAT16
+from .jit import compiled, entry, inner
 from .panels import ADDERS, MOST, PANEL, TILE, add_tile
 from .processor import PAIRS
 from .team import (
@@ -32,7 +32,7 @@ add_one, add_two, add_three, add_four, add_five, add_six = ADDERS[:6]
 add_seven, add_eight = (*ADDERS[6:], *ADDERS[:2])[:2]
 
 
-@borrowing
+@inner
 def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: int) -> None:
     """One panel's product with the tokens from `row` on, at most `MOST`; there may be none."""
     left = tokens - row
@@ -55,7 +55,7 @@ def _add_rest(x: Any, w: Any, scale: Any, y: Any, tokens: int, row: int, panel: 
             add_eight(x, w, scale, y, row, panel, 0, 1)
 
 
-@borrowing
+@inner
 def add_panels(x: Any, w: Any, scale: Any, y: Any, tokens: int, first: int, last: int) -> None:
     """`add_product` for the panels `first`..`last`."""
     tiles = tokens // TILE if tokens > MOST else 0
@@ -108,7 +108,7 @@ def _add_rounded(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, fir
     _add_states(states, _kind(x, w), w, scale, y, tokens, team, first)
 
 
-@borrowing
+@inner
 def _add_states(
     states: Any,
     kind: int,
@@ -127,7 +127,7 @@ def _add_states(
         add_panels(states, w, scale, y, tokens, first, panels)
 
 
-@borrowing
+@entry
 def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, first: int = 0) -> None:
     """Add x @ (w * scale) to y, for the first `tokens` of both.
 
@@ -147,7 +147,7 @@ def add_product(x: Any, w: Any, scale: Any, y: Any, tokens: int, team: Any, firs
     _add(x, w, scale, y, tokens, team, first)
 
 
-@borrowing
+@inner
 def _shared(
     kind: int,
     threads: int,

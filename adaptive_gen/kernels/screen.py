@@ -23,7 +23,7 @@ import math
 from typing import Any
 
 from .cpu import apply_gain, best_two, first_of, norm, read_out, summary
-from .freshness import borrowing
+from .jit import inner
 from .largest import kth_largest
 from .logits import mass, reaches, two_certain
 from .panels import PANEL
@@ -40,7 +40,7 @@ _DEPTHS = (0.0, 3.0, 6.0)
 _ROUNDING = 1e-5  # of a mass, as a share of it
 
 
-@borrowing
+@inner
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
     panels, scale, floor, normed, logits, vocab, screen, team, gain, gained = head
@@ -55,7 +55,7 @@ def look(x: Any, head: Any) -> None:
     logits[:rows, vocab:] = -math.inf
 
 
-@borrowing
+@inner
 def _bar(row: int, head: Any) -> Any:
     """What the largest logit and the second are at least."""
     doubt, exact = head[6][2], head[6][5]
@@ -63,7 +63,7 @@ def _bar(row: int, head: Any) -> Any:
     return two_certain(head[4][row], doubt)
 
 
-@borrowing
+@inner
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
     panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact), _, _, gained = head
@@ -76,7 +76,7 @@ def _sharpen(row: int, bar: float, head: Any) -> None:
         logits[row, vocab:] = -math.inf
 
 
-@borrowing
+@inner
 def _largest(row: int, head: Any) -> Any:
     """The largest exact logit, the second, and the token of the first."""
     logits, exact = head[4], head[6][5]
@@ -93,7 +93,7 @@ def _largest(row: int, head: Any) -> Any:
     return top, second, token
 
 
-@borrowing
+@inner
 def token_of(row: int, head: Any) -> int:
     """The token of the largest logit, the first of equals."""
     logits, vocab = head[4], head[5]
@@ -104,7 +104,7 @@ def token_of(row: int, head: Any) -> int:
     return _largest(row, head)[2]
 
 
-@borrowing
+@inner
 def keep_largest(row: int, k: int, least: Any, heap: Any, head: Any) -> None:
     """Make the k largest logits exact, at least, and all that are not exact -inf.
 
@@ -126,7 +126,7 @@ def keep_largest(row: int, k: int, least: Any, heap: Any, head: Any) -> None:
             logits[row, n] = -math.inf
 
 
-@borrowing
+@inner
 def measured(found: Any, vocab: int, measure: int) -> float:
     """A measure of a summary, as `confidence.of_summary` has it."""
     top, second, _, total, entropy = found
@@ -136,13 +136,13 @@ def measured(found: Any, vocab: int, measure: int) -> float:
     return largest if measure == MAX_PROB else largest - math.exp(second - total)
 
 
-@borrowing
+@inner
 def _share(top: float, second: float, measure: int) -> float:
     """A confidence, margin or max_prob, over the likeliest token's chance: it is never less."""
     return 1.0 if measure == MAX_PROB else 1.0 - math.exp(second - top)
 
 
-@borrowing
+@inner
 def _read_whole(row: int, head: Any) -> Any:
     """The summary of exact logits."""
     panels, scale, _, _, logits, vocab, screen, _, _, gained = head
@@ -153,14 +153,14 @@ def _read_whole(row: int, head: Any) -> Any:
     return summary(logits[row, :vocab])
 
 
-@borrowing
+@inner
 def _by_whole_head(row: int, least: float, measure: int, head: Any) -> Any:
     found = _read_whole(row, head)
     raw = measured(found, head[5], measure)
     return raw, int(found[2]) if raw >= least else -1
 
 
-@borrowing
+@inner
 def leaves(row: int, least: float, measure: int, head: Any) -> Any:
     """Whether a token may leave: by margin, max_prob or entropy.
 

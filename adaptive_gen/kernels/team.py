@@ -23,11 +23,11 @@ import sys
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .freshness import stamped
+from .jit import exact
 
 LINE = 8  # words of a cache line
 HELPERS, BUSY, CLAIM, DONE, JOB = (LINE * n for n in range(5))
@@ -50,11 +50,6 @@ SHARES = 4  # chunks for each thread: those who start late, or are slow, take fe
 # itself meanwhile, as attention to a long text, must not cost the rest of a call its helpers.
 PATIENCE = 100_000
 YIELD_AFTER = 64  # rests, then another thread may have the core
-
-
-def kept(function: Any) -> Any:
-    """Compile a function without the freedoms that sums have."""
-    return stamped(njit(function, nogil=True, cache=True))
 
 
 _WORD = ir.IntType(64)
@@ -164,7 +159,7 @@ bytes_at, unsigned_at = _pointer(types.int8), _pointer(types.uint8)
 bfloats_at, halves_at = _pointer(types.uint16), _pointer(types.int16)  # bits, see `half`
 
 
-@kept
+@exact
 def spin(count: int) -> None:
     """Wait a moment for another thread, the `count`th time in a row."""
     _rest()
@@ -172,7 +167,7 @@ def spin(count: int) -> None:
         _yield()
 
 
-@kept
+@exact
 def post(team: Any, chunks: int, seats: int) -> None:
     """Offer what stands in JOB, to so many helpers."""
     team[SEATS] = seats
@@ -180,7 +175,7 @@ def post(team: Any, chunks: int, seats: int) -> None:
     put(team, CLAIM, chunks << HALF)
 
 
-@kept
+@exact
 def finish(team: Any, others: int) -> None:
     """Wait for the chunks that helpers have taken, and let others share something."""
     waits = 0

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .freshness import borrowing
-from .team import kept
+from .jit import entry, exact, inner
 
 WORDS, MIDDLE = 624, 397
 # Where torch keeps what, in a state of 8-byte words: how many calls until the words are made anew
@@ -27,7 +26,7 @@ _SQRT_HALF = np.int64(0x3FE6A09E667F3BCD)  # the bits of sqrt(1/2)
 _LN2 = 0.6931471805599453
 
 
-@kept
+@exact
 def _twisted(upper: Any, lower: Any, other: Any) -> Any:
     """A new word, of two neighbours and one further on."""
     joint = (upper & _TOP) | (lower & _LOWER)
@@ -35,7 +34,7 @@ def _twisted(upper: Any, lower: Any, other: Any) -> Any:
     return other ^ (joint >> np.uint32(1)) ^ (odd & _TWIST)
 
 
-@kept
+@exact
 def _renew(words: Any) -> None:
     """Make all words anew."""
     for n in range(WORDS - MIDDLE):
@@ -45,7 +44,7 @@ def _renew(words: Any) -> None:
     words[WORDS - 1] = _twisted(words[WORDS - 1], words[0], words[MIDDLE - 1])
 
 
-@kept
+@exact
 def _next_words(at: int, words: Any, out: Any) -> int:
     """Some of the generator's next words.
 
@@ -73,7 +72,7 @@ def _next_words(at: int, words: Any, out: Any) -> int:
     return at
 
 
-@borrowing
+@inner
 def _logarithms(drawn: Any, scratch: Any, bits: Any, out: Any) -> None:
     """Exponential numbers of pairs of words; see `exponential`."""
     for n in range(len(out)):
@@ -99,7 +98,7 @@ def _logarithms(drawn: Any, scratch: Any, bits: Any, out: Any) -> None:
         out[n] = -(np.float64(out[n]) * _LN2 + 2.0 * s * series)
 
 
-@borrowing
+@entry
 def exponential(state: Any, words: Any, drawn: Any, scratch: Any, bits: Any, out: Any) -> None:
     """The exponential numbers that a generator gives next.
 
