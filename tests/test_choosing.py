@@ -107,6 +107,21 @@ def test_tokens_that_leave_early_are_drawn_as_without_stretches(
     assert_same(ours, drawn(model, **kwargs))
 
 
+@pytest.mark.parametrize("queue_cap", [2, 16])
+@pytest.mark.parametrize("name", [name for name in SAMPLED if name not in ("new", "said")])
+def test_an_audit_compares_the_likeliest_tokens(tiny_llama, stretches, screen, name, queue_cap):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=queue_cap)
+    kwargs = {"audit": True, "threshold": {2: 0.02, 4: 0.01}, **SAMPLED[name]}
+    ours = drawn(model, **kwargs)
+    audit = ours[0].report.audit
+    assert sum(stretches) == 39 and audit.tokens > 20 and audit.agreement < 1
+    assert_same(ours, drawn(model, **(kwargs | {"audit": False})))
+    stretches.off()
+    theirs = drawn(model, **kwargs)
+    assert_same(ours, theirs)
+    assert audit == theirs[0].report.audit
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
 @pytest.mark.parametrize("name", SAMPLED)
 def test_lossless_texts_are_full_depths_draws(tiny_llama, stretches, screen, name, threshold):

@@ -407,7 +407,6 @@ OTHERWISE = {
     "processors": {"no_repeat_ngram_size": 2, "threshold": 0.01},
     "lazy prefill": {"prefill": "lazy", "threshold": 0.01},
     "an audit that acts": {"audit_floor": 0.5, "threshold": 0.01},
-    "audit and sampling": {"audit": True, "threshold": 0.01, "do_sample": True},
     "audit and a penalty": {"audit": True, "threshold": 0.01, "repetition_penalty": 1.1},
     "a time limit": {"max_time": 1000.0, "threshold": 0.01},
 }  # fmt: skip

@@ -244,7 +244,7 @@ class Backend:
             return None
         pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
         drafts, several = scheduler.rows[0].draft_length is not None, len(scheduler.rows) > 1
-        if audited and (several or not choice.plain):
+        if audited and (several or choice.penalty != 1):
             return None
         if several:
             kind = LosslessBatchStretch if drafts else BatchStretch

@@ -3,8 +3,8 @@
 The scheduler asks and queues between segments, in Python, for every mode there is. Where exits hang
 on thresholds, and tokens on what `choosing` knows, the same rules run in `kernels.decode`, on the
 scheduler's own queues and cache: it can go on from there at any token, and neither can tell.
-Lossless texts have `kernels.lossless`, audited ones `kernels.audited`, and batches
-(`batch.BatchStretch`) `kernels.batch` and `kernels.batch_lossless`.
+Lossless texts have `kernels.lossless`, and batches (`batch.BatchStretch`) `kernels.batch` and
+`kernels.batch_lossless`.
 """
 
 import math
@@ -85,6 +85,7 @@ class Stretch:
         # Exit layer -> confidences asked for, and the raw ones that give them.
         self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
         self._pace, self._choosing = pace, Choosing(choice, readout.vocab, rows)
+        self._audit = _audit(0, len(bounds) - 1)
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -177,7 +178,7 @@ class Stretch:
         """Call the kernel; see `kernels.decode`."""
         rules = self._scheduler.rules
         propagate = int(rules.kv == "propagate")
-        return kernel("decode").decode(token, ends, rules.queue_cap, propagate, *args)
+        return kernel("decode").decode(token, ends, rules.queue_cap, propagate, self._audit, *args)
 
     def _emitted(self, tokens: list[int], exits: list[int], confidences: list[float]) -> list[Step]:
         if kernel("choosing").NONE in tokens[-1:]:
@@ -235,12 +236,7 @@ class AuditedStretch(Stretch):
     def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
         """Prepare what stays the same."""
         super().__init__(scheduler, pace, choice)
-        waiting = (np.zeros(size, np.int64) for size in (1, self._room, self._room))
-        self._audit = *waiting, np.zeros((len(scheduler.segments), 2), np.int64)
-
-    def _decode(self, token: int, ends: Any, count: int, *args: Any) -> int:
-        cap = self._scheduler.rules.queue_cap
-        return kernel("audited").decode(token, ends, cap, self._audit, *args)
+        self._audit = _audit(self._room, len(scheduler.segments))
 
     def compared(self) -> dict[int, tuple[int, int]]:
         """Since last asked: exit layer -> tokens full depth chooses too, and all compared."""
@@ -248,6 +244,12 @@ class AuditedStretch(Stretch):
         counts = self._audit[-1].tolist()
         self._audit[-1][:] = 0
         return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
+
+
+def _audit(room: int, segments: int) -> tuple[Any, ...]:
+    """What compares as many tokens as there is room for, see `kernels.audited`."""
+    waiting = (np.zeros(size, np.int64) for size in (1, room, room))
+    return *waiting, np.zeros((segments, 2), np.int64)
 
 
 def _dtype(like: torch.Tensor) -> Any:

@@ -29,11 +29,12 @@ import math
 from typing import Any
 
 from ..engine import thrift
+from .audited import audited, compare, note
 from .choosing import NONE, choose, plain, prepare
 from .cpu import copy, norm, run_layers, store_layers
 from .half import number
 from .jit import entry, exact, inner
-from .screen import GATE, leaves, look
+from .screen import GATE, leaves, look, token_of
 
 due = exact(thrift.due)
 observe = exact(thrift.observe)
@@ -237,6 +238,7 @@ def decode(
     ends: Any,
     cap: int,
     propagate: int,
+    audit: Any,
     model: Any,
     desk: Any,
     state: Any,
@@ -251,20 +253,28 @@ def decode(
         ends: tokens that end a text.
         cap: see `descend`; likewise the rest.
         propagate: 1 if skipped layers get their keys and values that way.
+        audit: see `kernels.audited`; changed.
         model: see above; likewise `desk`, `state`, `asking`, `choosing`, `results`.
 
     Returns:
         How many tokens it decoded; the last is `NONE` if it has no logits to be chosen by.
     """
-    x, counts, (tokens, exits, _) = desk[0], state[2], results
-    last = len(counts) - 1
+    x, counts, head, (tokens, exits, _) = desk[0], state[2], model[2], results
+    last, compares = len(counts) - 1, int(audited(audit))
     for i in range(len(tokens)):
         chosen, block = descend(
-            i, token, cap, propagate, 0, model, desk, state, asking, choosing, results
+            i, token, cap, propagate, compares, model, desk, state, asking, choosing, results
         )
-        if chosen < 0:
-            prepare(x[block - 1 : block], False, model[2], choosing)
-            chosen = choose(i, 0, 0, model[2], choosing)
+        if chosen >= 0:
+            if compares:
+                likeliest = chosen if plain(choosing) else token_of(0, head)
+                note(likeliest, exits[i], audit)
+        else:
+            if compares:
+                chosen = compare(block, x, head, audit)
+            if chosen < 0 or not plain(choosing):
+                prepare(x[block - 1 : block], False, head, choosing)
+                chosen = choose(i, 0, 0, head, choosing)
             tokens[i], exits[i] = chosen, last
         s = exits[i] + 1
         while propagate and s <= last and counts[s] > cap:
