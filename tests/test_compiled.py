@@ -19,7 +19,7 @@ from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.engine.panelled import in_panels, padding
-from adaptive_gen.kernels import cpu, integers, pairs, panels, processor, products
+from adaptive_gen.kernels import integers, pairs, panels, processor, products, readout
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
@@ -104,7 +104,7 @@ def test_the_kernels_exponential_is_the_librarys(dtype):
     """Seen through a summary of two logits, the smaller one by `gap`."""
     gaps = torch.linspace(0, 80, 4001, dtype=dtype)
     logits, out = torch.stack([torch.zeros_like(gaps), -gaps], dim=1), np.empty((len(gaps), 5))
-    cpu.summarise(logits.numpy(), out)
+    readout.summarise(logits.numpy(), out)
     torch.testing.assert_close(
         torch.from_numpy(out[:, 3]).to(dtype), torch.logsumexp(logits, -1), rtol=2e-6, atol=1e-7
     )
@@ -163,7 +163,7 @@ def test_confidences_are_those_of_the_measures(measure):
 
 def test_a_summary_names_the_first_of_equals():
     logits, out = np.array([[1, 5, 2, 5]], np.float32), np.empty((1, 5))
-    cpu.summarise(logits, out)
+    readout.summarise(logits, out)
     assert out[0, :3].tolist() == [5, 5, 1]
     assert out[0, 3] == pytest.approx(math.log(math.exp(1) + 2 * math.exp(5) + math.exp(2)))
 

@@ -5,8 +5,8 @@ import pytest
 from numba import njit
 
 from adaptive_gen.kernels import logits
-from adaptive_gen.kernels.cpu import best_two, first_of
 from adaptive_gen.kernels.panels import PANEL
+from adaptive_gen.kernels.readout import best_two, first_of
 
 DTYPES = [np.float32, np.float64]
 

@@ -1,6 +1,6 @@
 """The back end `compiled`: what `fused` computes, a segment in one call of compiled code.
 
-`fused` prepares the model; `kernels.cpu` runs the few tokens of a decoding step, which is where
+`fused` prepares the model; `kernels.layers` runs the few tokens of a decoding step, which is where
 calls between operations and products of few rows cost most. What is long, a prompt, runs by
 `fused`, by the model's own layers, or by the kernels piece by piece, whichever is quick.
 
@@ -61,10 +61,9 @@ class CompiledSegment:
             for rows, times, piece in self._pieces(hidden, cache, span):
                 out[rows, times] = self.run(hidden[rows, times], cache, piece, newest_only)
             return out
-        cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
-        cpu.run_layers(
+        kernel("layers").run_layers(
             self.start,
             self.stop,
             1 if newest_only and hidden.shape[0] == 1 else len(desk.tokens),
@@ -90,10 +89,9 @@ class CompiledSegment:
             for rows, times, piece in self._pieces(hidden, cache, span):
                 self.store(hidden[rows, times], cache, piece)
             return
-        cpu = kernel("cpu")
         model, desk = self.model, self.desk
         kv = self._begin(hidden, cache, span)
-        cpu.store_layers(
+        kernel("layers").store_layers(
             self.start,
             self.stop,
             desk.x,

@@ -47,12 +47,12 @@ class CompiledReadout:
             return torch.cat([self(part) for part in hidden.split(MOST_ROWS)])
         if rows > MOST_ROWS:
             return self._long(hidden)
-        cpu = kernel("cpu")
+        reading = kernel("readout")
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
         head = self._gain, self.panels, self.scale
-        cpu.read_out(x, self.floor, *head, normed, logits.numpy(), self._team())
+        reading.read_out(x, self.floor, *head, normed, logits.numpy(), self._team())
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
     def _team(self) -> Any:
@@ -128,8 +128,8 @@ class CompiledConfidences(Confidences):
 
     def __call__(self, logits: Tensor, exit_layer: int, measure: str | None = None) -> list[float]:
         """The confidence in each row of logits [rows, vocab]; see `Confidences`."""
-        cpu = kernel("cpu")
+        reading = kernel("readout")
         rows = np.empty((logits.shape[0], 5))
-        cpu.summarise(logits.contiguous().numpy(), rows)
+        reading.summarise(logits.contiguous().numpy(), rows)
         found = [Summary(*row) for row in rows.tolist()]
         return self.of_summaries(found, logits.shape[-1], exit_layer, measure)

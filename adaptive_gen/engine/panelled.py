@@ -50,7 +50,7 @@ class CompiledModel:
     fused: FusedModel
     weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
     scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
-    biases: tuple[Any, ...]  # of qkv and out, and gains; see `kernels.cpu`
+    biases: tuple[Any, ...]  # of qkv and out, and gains; see `kernels.layers`
     floors: Any
     windows: Any
     rotations: Any
@@ -58,7 +58,7 @@ class CompiledModel:
 
     @property
     def layers(self) -> tuple[Any, ...]:
-        """All of it, as `kernels.cpu` takes it."""
+        """All of it, as `kernels.layers` takes it."""
         return (
             self.weights,
             self.scales,

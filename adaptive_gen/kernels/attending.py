@@ -1,6 +1,6 @@
 """Attention of a few tokens to the keys in the cache, alone or with helpers (see `team`).
 
-Axes as in `cpu`; a *pair* is a token of the block and one of the queries' heads.
+Axes as in `layers`; a *pair* is a token of the block and one of the queries' heads.
 """
 
 from typing import Any

@@ -22,9 +22,10 @@ import math
 from typing import Any
 
 from .choosing import NONE, choose, plain, prepare
-from .cpu import copy, run_layers, store_layers
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .jit import entry, inner
+from .layers import run_layers, store_layers
+from .rows import copy
 from .screen import GATE, leaves, look
 
 

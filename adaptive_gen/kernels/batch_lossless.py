@@ -14,9 +14,9 @@ from typing import Any
 from ..engine import drafts
 from .batch import advance, ask, feed, run
 from .choosing import NONE, choose, prepare, unsay
-from .cpu import copy
 from .decode import CAUGHT_UP, among
 from .jit import entry, exact, inner
+from .rows import copy
 
 _observe = exact(drafts.observe)
 _best_length = exact(drafts.best_length)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .cpu import best_two, first_of, read_out
 from .exponential import exp
 from .jit import inner
 from .largest import drop_first, heaped, kth_largest
+from .readout import best_two, first_of, read_out
 from .screen import keep_largest, look, token_of
 
 PENALTY, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(5)  # of the settings

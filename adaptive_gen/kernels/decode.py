@@ -6,12 +6,12 @@ thresholds, worked out beforehand for every position.
 
 What belongs together travels together:
 
-- `model`: embedding, see `embed`; layers, see `cpu.run_layers`; the head, see `screen`; the gates'
-  weights [exits, hidden], for what `cpu.norm` gives, and biases [exits]; layers that have run
-  before each segment, and all of them, [segments + 1].
+- `model`: embedding, see `embed`; layers, see `run_layers`; the head, see `screen`; the gates'
+  weights [exits, hidden], for what `norm` gives, and biases [exits]; layers that have run before
+  each segment, and all of them, [segments + 1].
 - `desk`: hidden states [room, hidden in whole panels]; places [room, 2]; turns of every position;
-  buffers of `cpu.run_layers`. `room` is that of a block which catches up.
-- `state`, which changes: keys and values, see `cpu.run_layers`, with room for all tokens; what
+  buffers of `run_layers`. `room` is that of a block which catches up.
+- `state`, which changes: keys and values, see `run_layers`, with room for all tokens; what
   waits in front of each segment, [segments, room, hidden in whole panels], and how much,
   [segments]; tokens that each segment's layers hold, [segments]; tallies [3].
 - `asking`: whether an exit is checked, for each new token, [tokens, exits]; the raw confidence it
@@ -31,9 +31,10 @@ from typing import Any
 from ..engine import thrift
 from .audited import audited, compare, note
 from .choosing import NONE, choose, plain, prepare
-from .cpu import copy, norm, run_layers, store_layers
 from .half import number
 from .jit import entry, exact, inner
+from .layers import run_layers, store_layers
+from .rows import copy, norm
 from .screen import GATE, leaves, look, token_of
 
 due = exact(thrift.due)

@@ -9,12 +9,12 @@ largest logits are multiplied as they are, and more of them, those with the most
 while a threshold lies between what the confidence is at least and at most. The token and whether it
 leaves are those of the whole head.
 
-- `head`: panels, scale and floor of `cpu.read_out`, normed [rows, hidden], logits [rows, vocab in
+- `head`: panels, scale and floor of `read_out`, normed [rows, hidden], logits [rows, vocab in
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL] in 8
   bits, no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by
   how much any logit of a panel may be off, e to the power of plus and of minus that, and whether a
   panel is known exactly, [panels] each. Who helps, see `team`. At last the gain that is folded into
-  the screen and not into the panels, see `cpu.apply_gain`, and the normed states times it: the very
+  the screen and not into the panels, see `apply_gain`, and the normed states times it: the very
   same as normed where there is none.
 - `row`: of the normed states and of the logits.
 """
@@ -22,12 +22,13 @@ leaves are those of the whole head.
 import math
 from typing import Any
 
-from .cpu import apply_gain, best_two, first_of, norm, read_out, summary
 from .jit import inner
 from .largest import kth_largest
 from .logits import mass, reaches, two_certain
 from .panels import PANEL
 from .products import add_one, add_product
+from .readout import best_two, first_of, read_out, summary
+from .rows import apply_gain, norm
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)

@@ -18,49 +18,13 @@ from .attending import attend
 from .exponential import exp
 from .jit import entry, inner
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
-from .logits import two_of_panels
 from .panels import PANEL
 from .products import add_product
+from .rows import add_normed, apply_gain, copy, norm
 
 NORMED_FIRST, WHOLE_HEADS, APPROXIMATE_GELU = range(3)  # of a model's traits
 # GELU's approximation is x / (1 + exp(-_STEEP * (x + _CUBIC * x^3))).
 _STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-
-
-@inner
-def copy(row: Any, into: Any) -> None:
-    """Write as many numbers of a row as `into` has room for."""
-    for n in range(into.shape[0]):
-        into[n] = row[n]
-
-
-@inner
-def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
-    """Divide each token's hidden state by its length or more, see `FusedModel`."""
-    for m in range(tokens):
-        row, into = x[m], out[m]
-        total = x.dtype.type(floor * floor)
-        for n in range(into.shape[0]):
-            total += row[n] * row[n]
-        factor = x.dtype.type(1) / np.sqrt(total)
-        for n in range(into.shape[0]):
-            into[n] = row[n] * factor
-
-
-@inner
-def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
-    """Multiply normed hidden states by what the weights behind them do not have folded in, if any.
-
-    Args:
-        gain: [hidden], or of length 0.
-        x: [.., hidden].
-        out: likewise; may be x itself.
-        tokens: of both.
-    """
-    for m in range(tokens):
-        row, into = x[m], out[m]
-        for n in range(gain.shape[0]):
-            into[n] = row[n] * gain[n]
 
 
 @inner
@@ -72,16 +36,6 @@ def _turn(heads: Any, turn: Any) -> None:
             real, imaginary = head[2 * d], head[2 * d + 1]
             head[2 * d] = real * turn[d, 0] - imaginary * turn[d, 1]
             head[2 * d + 1] = real * turn[d, 1] + imaginary * turn[d, 0]
-
-
-@inner
-def _add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: int) -> None:
-    """Add what `norm` makes of x, times a gain [hidden], to y."""
-    norm(x, floor, normed, tokens)
-    for m in range(tokens):
-        row, into = normed[m], y[m]
-        for n in range(gain.shape[0]):
-            into[n] += row[n] * gain[n]
 
 
 @inner
@@ -255,7 +209,7 @@ def run_layers(
             added[:going] = 0
             add_product(mixed, out[layer], out_scale[layer], added, going, team)
             _add_bias(added, out_bias[layer], going)
-            _add_normed(added, floors[0], mixed_gain[layer], normed, y, going)
+            add_normed(added, floors[0], mixed_gain[layer], normed, y, going)
         else:
             add_product(mixed, out[layer], out_scale[layer], y, going, team)
             _add_bias(y, out_bias[layer], going)
@@ -266,7 +220,7 @@ def run_layers(
         if output_gain.shape[1]:
             added[:going] = 0
             add_product(wide, down[layer], down_scale[layer], added, going, team)
-            _add_normed(added, floors[0], output_gain[layer], normed, y, going)
+            add_normed(added, floors[0], output_gain[layer], normed, y, going)
         else:
             add_product(wide, down[layer], down_scale[layer], y, going, team)
 
@@ -296,72 +250,3 @@ def store_layers(
         _add_bias(projected, qkv_bias[layer], tokens)
         norming = gains[layer], floors, whole, rotations[layer]
         _place(projected, heads, heads, turns, kv, layer, place, *norming)
-
-
-@entry
-def read_out(
-    x: Any, floor: float, gain: Any, head: Any, scale: Any, normed: Any, out: Any, team: Any
-) -> None:
-    """Logits of hidden states: norm and LM head.
-
-    Args:
-        x: [tokens, hidden].
-        floor: what the norm divides by at least.
-        gain: see `apply_gain`.
-        head: [panels, hidden, PANEL].
-        scale: of its columns.
-        normed: [tokens, hidden].
-        out: gets the logits, [tokens, vocab in whole panels].
-        team: see `add_product`.
-    """
-    tokens = x.shape[0]
-    norm(x, floor, normed, tokens)
-    apply_gain(gain, normed, normed, tokens)
-    out[:] = 0
-    add_product(normed, head, scale, out, tokens, team)
-
-
-@inner
-def best_two(row: Any) -> Any:
-    """The largest of some numbers and the second, which may be as large."""
-    top, second = two_of_panels(row)
-    for number in row[row.shape[0] // PANEL * PANEL :]:
-        if number > top:
-            top, second = number, top
-        elif number > second:
-            second = number
-    return top, second
-
-
-@inner
-def first_of(largest: Any, row: Any) -> int:
-    """Where the largest number of a row is, the first of equals."""
-    n = 0
-    while row[n] < largest:
-        n += 1
-    return n
-
-
-@inner
-def summary(row: Any) -> Any:
-    """The fields of `confidence.Summary` for logits [vocab]."""
-    top, second = best_two(row)
-    total = weighted = row.dtype.type(0)
-    for n in range(row.shape[0]):
-        gap = row[n] - top
-        share = exp(gap)
-        total += share
-        weighted += share * gap
-    token = first_of(top, row)
-    log = np.log(total)
-    exact = np.float64  # what Python makes of them
-    return exact(top), exact(second), exact(token), exact(top + log), exact(log - weighted / total)
-
-
-@entry
-def summarise(logits: Any, out: Any) -> None:
-    """The fields of `confidence.Summary` for each row of logits [tokens, vocab], [tokens, 5]."""
-    for m in range(logits.shape[0]):
-        found = summary(logits[m])
-        for i in range(5):
-            out[m, i] = found[i]
