@@ -5,40 +5,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
-from .policy import Check, ExitPolicy
+from .engine import promise
+from .policy import ByThreshold, Check, ExitPolicy
 from .report import Audit
 
-ALARM = 20.0  # wealth at which the promise counts as broken: a false alarm has probability 1/20
 RAISES = 3  # alarms that each halve the doubt an exit may have; the next one ends all exits
 
 
-class BrokenPromise:
-    """A sequential test of "each token disagrees with probability at most 1 - floor".
-
-    A gambler bets on disagreement at odds that are fair if the promise just holds; as long as it
-    does, the wealth reaches `ALARM` with probability at most 1 / ALARM, however long one watches
-    (Ville's inequality). Several stakes are played at once, since the true rate is not known.
-    Source: Waudby-Smith & Ramdas 2023 (arXiv 2010.09686), betting with a mixture over stakes.
-    """
-
-    def __init__(self, floor: float):
-        """Start with a wealth of 1; `floor` in (0, 1) is the agreement promised."""
-        self.allowed = 1 - floor
-        # Below 1 / allowed no bet can lose everything.
-        self._stakes = np.geomspace(0.05, 0.9, 8) / self.allowed
-        self._log_wealth = np.zeros(len(self._stakes))
-
-    @property
-    def wealth(self) -> float:
-        """Of all stakes together."""
-        return float(np.exp(self._log_wealth).mean())
-
-    def observe(self, agrees: bool) -> bool:
-        """Play one token; whether the promise now counts as broken."""
-        self._log_wealth += np.log1p(self._stakes * (float(not agrees) - self.allowed))
-        return self.wealth >= ALARM
+def guarded(policy: ExitPolicy, floor: float) -> "GuardedPolicy":
+    """A policy that acts when less than `floor`, in (0, 1), of the audited tokens agree."""
+    kind = GuardedThresholds if isinstance(policy, ByThreshold) else GuardedPolicy
+    return kind(policy, floor)
 
 
 class GuardedPolicy:
@@ -51,24 +28,30 @@ class GuardedPolicy:
     def __init__(self, policy: ExitPolicy, floor: float):
         """Guard `policy`; `floor` in (0, 1) is the agreement to keep."""
         self.policy, self.floor = policy, floor
-        self.alarms: list[int] = []  # audited tokens at each alarm
-        self._seen = 0
-        self._test = BrokenPromise(floor)
+        self.record = promise.record(floor, RAISES + 1)  # which compiled code keeps as well
+
+    @property
+    def alarms(self) -> list[int]:
+        """Audited tokens at each alarm."""
+        *_, counts, alarms = self.record
+        return alarms[: counts[promise.RAISED]].tolist()
+
+    @property
+    def _factor(self) -> int:
+        """By how much doubts are multiplied."""
+        return 2 ** int(self.record[3][promise.RAISED])
 
     def observe(self, agrees: bool) -> None:
         """Take note of one audited token."""
-        self._seen += 1
-        if len(self.alarms) <= RAISES and self._test.observe(agrees):
-            self.alarms.append(self._seen)
-            self._test = BrokenPromise(self.floor)
+        promise.observe(agrees, self.record)
 
     def may_exit(self, exit_layer: int, position: int) -> bool:
         """Ask the inner policy unless all trust is gone."""
-        return len(self.alarms) <= RAISES and self.policy.may_exit(exit_layer, position)
+        return self._factor <= 2**RAISES and self.policy.may_exit(exit_layer, position)
 
     def should_exit(self, check: Check) -> bool:
         """Ask the inner policy, with the doubt doubled for every alarm."""
-        factor = 2 ** len(self.alarms)
+        factor = self._factor
         if factor > 1:
             measure = check.measure
             check = replace(
@@ -77,6 +60,26 @@ class GuardedPolicy:
                 measure=lambda name: _doubted(measure(name), factor),
             )
         return self.policy.should_exit(check)
+
+
+class GuardedThresholds(GuardedPolicy):
+    """A guarded policy that is one by thresholds, and stays one."""
+
+    policy: ByThreshold
+
+    @property
+    def confidence(self) -> str | None:
+        """The measure that the inner policy reads; None is the call's."""
+        return getattr(self.policy, "confidence", None)
+
+    def least(self, exit_layer: int, position: int) -> float:
+        """The inner policy's, with the doubt it leaves divided."""
+        least = self.policy.least(exit_layer, position)
+        return 1 - (1 - least) / self._factor if 0 < least < 1 else least
+
+    def should_exit(self, check: Check) -> bool:
+        """Whether the confidence is as much as is asked for now."""
+        return check.by(self.confidence) >= self.least(check.exit_layer, check.position)
 
 
 def _doubted(confidence: float, factor: int) -> float:
@@ -100,7 +103,10 @@ class Auditor:
             self._guard.observe(agrees)
 
     def add(self, compared: Mapping[int, tuple[int, int]]) -> None:
-        """Count many tokens at once: exit layer -> those that agree, and all; nobody guards."""
+        """Count many tokens at once: exit layer -> those that agree, and all.
+
+        The guard has been told.
+        """
         for exit_layer, (agreeing, tokens) in compared.items():
             self._agreeing[exit_layer] += agreeing
             self._tokens[exit_layer] += tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.streamers import BaseStreamer
 
-from .audit import Auditor, GuardedPolicy
+from .audit import Auditor, guarded
 from .engine.backend import Backend
 from .engine.choosing import Choice, choice_of
 from .engine.drafts import DraftLength
@@ -70,9 +70,7 @@ class TokenLoop:
         room = max(1, min((config.max_length or 0) - input_ids.shape[1], _MOST_ROOM))
         self.texts = Texts(input_ids, room, config, logits_processor, stopping_criteria)
         policy = settings.policy
-        guard = (
-            None if settings.audit_floor is None else GuardedPolicy(policy, settings.audit_floor)
-        )
+        guard = None if settings.audit_floor is None else guarded(policy, settings.audit_floor)
         self._backend, self._warm_up_s = backend, backend.warm_up_s
         segments, readout = backend.segments(settings.exit_layers), backend.readout()
         if past is not None:

@@ -8,7 +8,8 @@ import torch
 from test_batches import LENGTHS, Uneven, padded, wrapped
 
 from adaptive_gen import Check, FixedExit, ThresholdPolicy
-from adaptive_gen.audit import ALARM, RAISES, BrokenPromise, GuardedPolicy
+from adaptive_gen.audit import RAISES, guarded
+from adaptive_gen.engine.promise import ALARM, observe, record
 from adaptive_gen.settings import state
 
 
@@ -105,8 +106,8 @@ def test_a_kept_promise_seldom_raises_the_alarm():
 
 def broken(agrees, floor):
     """Number of tokens after which the promise counts as broken, or None."""
-    test = BrokenPromise(floor)
-    return next((i for i, a in enumerate(agrees, 1) if test.observe(bool(a))), None)
+    test = record(floor, alarms=1)
+    return next((i for i, a in enumerate(agrees, 1) if observe(bool(a), test)), None)
 
 
 def test_a_broken_promise_is_found_soon():
@@ -115,8 +116,16 @@ def test_a_broken_promise_is_found_soon():
     assert all(found) and np.median(found) < 100
 
 
-def test_each_alarm_halves_the_doubt_until_nothing_exits():
-    guard = GuardedPolicy(ThresholdPolicy({2: 0.8}), floor=0.9)
+class Own:
+    """Thresholds, but as nobody's who could be told them."""
+
+    def __init__(self, policy):
+        self.may_exit, self.should_exit = policy.may_exit, policy.should_exit
+
+
+@pytest.mark.parametrize("policy", [ThresholdPolicy({2: 0.8}), Own(ThresholdPolicy({2: 0.8}))])
+def test_each_alarm_halves_the_doubt_until_nothing_exits(policy):
+    guard = guarded(policy, floor=0.9)
     assert guard.should_exit(Check(2, 0, 0.81))
     while not guard.alarms:
         guard.observe(False)

@@ -249,6 +249,21 @@ def test_an_audit_counts_what_the_schedulers_does(tiny_llama, stretches, policy,
         assert mine.report.audit == its.report.audit
 
 
+@pytest.mark.parametrize("floor", [0.3, 0.7, 0.97])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_audit_that_acts_does_so_after_the_same_token(tiny_llama, stretches, policy, floor):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"audit_floor": floor, "policy": POLICIES[policy], "max_new_tokens": 300}
+    ours = decoded(model, **kwargs)
+    assert sum(stretches) == 299
+    stretches.off()
+    theirs = decoded(model, **kwargs)
+    assert_same(ours, theirs)
+    assert ours.report.audit == theirs.report.audit
+    if policy == "fixed" and floor > 0.9:
+        assert len(ours.report.audit.alarms) == 4 and ours.exit_layers[0, -1] == 6
+
+
 BATCH = torch.tensor(
     [[0, 0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3], [0, 0, 0, 0, 0, 11, 12], [0, 21, 3, 9, 4, 7, 7]]
 )
@@ -406,7 +421,6 @@ OTHERWISE = {
     "scores": {"output_scores": True, "threshold": 0.01},
     "processors": {"no_repeat_ngram_size": 2, "threshold": 0.01},
     "lazy prefill": {"prefill": "lazy", "threshold": 0.01},
-    "an audit that acts": {"audit_floor": 0.5, "threshold": 0.01},
     "audit and a penalty": {"audit": True, "threshold": 0.01, "repetition_penalty": 1.1},
     "a time limit": {"max_time": 1000.0, "threshold": 0.01},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..audit import GuardedPolicy
 from ..confidence import GATE
 from ..draws import no_numbers
 from ..policy import ByThreshold
@@ -25,6 +26,7 @@ from .desk import Desk
 from .lasting import makes_lasting
 from .machine_code import kernel
 from .narrow import bits
+from .promise import nothing
 from .scheduler import Scheduler
 
 # How long a stretch may take: tokens are shown when it ends, and 20 times a second looks steady.
@@ -85,7 +87,7 @@ class Stretch:
         # Exit layer -> confidences asked for, and the raw ones that give them.
         self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
         self._pace, self._choosing = pace, Choosing(choice, readout.vocab, rows)
-        self._audit = _audit(0, len(bounds) - 1)
+        self._audit = _audit(0, len(bounds) - 1, nothing())
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -236,20 +238,23 @@ class AuditedStretch(Stretch):
     def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
         """Prepare what stays the same."""
         super().__init__(scheduler, pace, choice)
-        self._audit = _audit(self._room, len(scheduler.segments))
+        policy = scheduler.policy
+        record = policy.record if isinstance(policy, GuardedPolicy) else nothing()
+        self._audit = _audit(self._room, len(scheduler.segments), record)
 
     def compared(self) -> dict[int, tuple[int, int]]:
         """Since last asked: exit layer -> tokens full depth chooses too, and all compared."""
         stops = (segment.stop for segment in self._scheduler.segments)
-        counts = self._audit[-1].tolist()
-        self._audit[-1][:] = 0
+        totals = self._audit[3]
+        counts = totals.tolist()
+        totals[:] = 0
         return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
 
 
-def _audit(room: int, segments: int) -> tuple[Any, ...]:
+def _audit(room: int, segments: int, record: tuple[Any, ...]) -> tuple[Any, ...]:
     """What compares as many tokens as there is room for, see `kernels.audited`."""
     waiting = (np.zeros(size, np.int64) for size in (1, room, room))
-    return *waiting, np.zeros((segments, 2), np.int64)
+    return *waiting, np.zeros((segments, 2), np.int64), record
 
 
 def _dtype(like: torch.Tensor) -> Any:

@@ -6,13 +6,16 @@ then are read out as well. Where tokens are drawn it is the likeliest ones that 
 - `audit`: what waits: how many tokens, [1], which token was likeliest at each of them, and the
   segments after which they left, [room] each, no room where nobody compares; and, of the tokens
   that left after each segment, how many full depth would have chosen and how many were compared,
-  [segments, 2].
+  [segments, 2]; and a record of `engine.promise`, whose test each of them is a turn of.
 """
 
 from typing import Any
 
-from .jit import inner
+from ..engine import promise
+from .jit import exact, inner
 from .screen import look, token_of
+
+_observe = exact(promise.observe)
 
 
 @inner
@@ -24,9 +27,24 @@ def audited(audit: Any) -> bool:
 @inner
 def note(token: int, s: int, audit: Any) -> None:
     """Let a token wait that was likeliest after segment s."""
-    waiting, tokens, exits, _ = audit
+    waiting, tokens, exits, _, _ = audit
     tokens[waiting[0]], exits[waiting[0]] = token, s
     waiting[0] += 1
+
+
+@inner
+def alarms(audit: Any) -> int:
+    """How often the promise has been found broken."""
+    return audit[4][3][promise.RAISED]
+
+
+@inner
+def _count(agrees: bool, s: int, audit: Any) -> None:
+    """Count a token that left after segment s."""
+    counts, record = audit[3], audit[4]
+    counts[s, 0] += agrees
+    counts[s, 1] += 1
+    _observe(agrees, record)
 
 
 @inner
@@ -42,7 +60,7 @@ def compare(block: int, x: Any, head: Any, audit: Any) -> int:
     Returns:
         The likeliest token by the last state.
     """
-    waiting, tokens, exits, counts = audit
+    waiting, tokens, exits, _, _ = audit
     most, token = head[4].shape[0], -1
     for start in range(0, block, most):
         rows = min(most, block - start)
@@ -50,10 +68,7 @@ def compare(block: int, x: Any, head: Any, audit: Any) -> int:
         for row in range(rows):
             token = token_of(row, head)
             if start + row < waiting[0]:
-                s = exits[start + row]
-                counts[s, 0] += token == tokens[start + row]
-                counts[s, 1] += 1
+                _count(token == tokens[start + row], exits[start + row], audit)
     waiting[0] = 0
-    for n in range(2):
-        counts[len(counts) - 1, n] += 1
+    _count(True, len(audit[3]) - 1, audit)
     return token

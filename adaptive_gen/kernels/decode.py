@@ -29,7 +29,7 @@ import math
 from typing import Any
 
 from ..engine import thrift
-from .audited import audited, compare, note
+from .audited import alarms, audited, compare, note
 from .choosing import NONE, choose, plain, prepare
 from .half import number
 from .jit import entry, exact, inner
@@ -247,7 +247,7 @@ def decode(
     choosing: Any,
     results: Any,
 ) -> int:
-    """Decode until a token ends the text, or as many as the results have room for.
+    """Decode until a token ends the text, as many as the results have room for, or to an alarm.
 
     Args:
         token: the text's last, which has not been run.
@@ -261,7 +261,7 @@ def decode(
         How many tokens it decoded; the last is `NONE` if it has no logits to be chosen by.
     """
     x, counts, head, (tokens, exits, _) = desk[0], state[2], model[2], results
-    last, compares = len(counts) - 1, int(audited(audit))
+    last, compares, alarms_before = len(counts) - 1, int(audited(audit)), alarms(audit)
     for i in range(len(tokens)):
         chosen, block = descend(
             i, token, cap, propagate, compares, model, desk, state, asking, choosing, results
@@ -282,6 +282,6 @@ def decode(
             _store(s, take(s, x, state), model, desk, state)
             s += 1
         token = chosen
-        if token == NONE or among(token, ends):
+        if token == NONE or among(token, ends) or alarms(audit) > alarms_before:
             return i + 1
     return len(tokens)

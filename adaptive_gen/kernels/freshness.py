@@ -11,7 +11,9 @@ from typing import Any
 from numba.core.caching import IndexDataCacheFile, NullCache
 
 _FOLDER = Path(__file__).parent
-_COMPILED_TOO = tuple(_FOLDER.parent / "engine" / name for name in ("drafts.py", "thrift.py"))
+_COMPILED_TOO = tuple(
+    _FOLDER.parent / "engine" / name for name in ("drafts.py", "promise.py", "thrift.py")
+)
 
 
 def digest(sources: list[Path]) -> str:
