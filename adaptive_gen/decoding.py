@@ -26,7 +26,6 @@ from .engine.drafts import DraftLength
 from .engine.lasting import makes_lasting
 from .engine.rules import Readout
 from .engine.scheduler import Scheduler
-from .engine.stretch import AuditedStretch
 from .report import AdaptiveOutput, Report, Step
 from .resume import AdaptiveCache
 from .settings import Settings
@@ -183,7 +182,7 @@ class TokenLoop:
             text.steps += steps
             text.finished = steps[-1].last
             new += steps
-        if isinstance(self._stretch, AuditedStretch) and self._auditor is not None:
+        if self._auditor is not None:
             self._auditor.add(self._stretch.compared())
         self._feed(texts)
         return new

@@ -122,6 +122,20 @@ def test_an_audit_compares_the_likeliest_tokens(tiny_llama, stretches, screen, n
     assert audit == theirs[0].report.audit
 
 
+@pytest.mark.parametrize("floor", [None, 0.9])
+@pytest.mark.parametrize("name", ["plain", "few", "all"])
+def test_an_audit_of_drawn_texts_of_a_batch(tiny_llama, stretches, screen, name, floor):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"audit": True, "audit_floor": floor, "threshold": {2: 0.02, 4: 0.01}}
+    kwargs |= {"ids": BATCH, **SAMPLED[name]}
+    ours = drawn(model, **kwargs)
+    assert ours[0].report.audit.tokens > 60 and sum(stretches) > 20
+    stretches.off()
+    theirs = drawn(model, **kwargs)
+    assert_same(ours, theirs)
+    assert ours[0].report.audit == theirs[0].report.audit
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
 @pytest.mark.parametrize("name", SAMPLED)
 def test_lossless_texts_are_full_depths_draws(tiny_llama, stretches, screen, name, threshold):

@@ -299,6 +299,25 @@ def test_rows_of_a_batch_go_as_deep_as_the_scheduler_lets_them(
     assert_same_rows(ours, batch(model, **kwargs))
 
 
+@pytest.mark.parametrize("floor", [None, 0.4, 0.97])
+@pytest.mark.parametrize("schedule", ["stepwise", "lockstep"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_audit_of_a_batch_is_the_schedulers(tiny_llama, stretches, schedule, policy, floor):
+    model = wrapped(tiny_llama(eos_token_id=None), queue_cap=3)
+    kwargs = {"schedule": schedule, "policy": POLICIES[policy], "max_new_tokens": 120}
+    end = batch(model, **kwargs).sequences[1, 40].item()  # some texts end before others
+    kwargs |= {"audit": True, "audit_floor": floor, "eos_token_id": end, "pad_token_id": 0}
+    stretches.clear()
+    ours = batch(model, **kwargs)
+    assert max(stretches) == 4
+    stretches.off()
+    theirs = batch(model, **kwargs)
+    assert_same_rows(ours, theirs)
+    assert ours.report.audit == theirs.report.audit
+    if policy == "fixed" and floor == 0.97:
+        assert len(ours.report.audit.alarms) == 4
+
+
 def test_a_batch_may_have_more_rows_than_are_read_out_at_once_elsewhere(tiny_llama, stretches):
     model = wrapped(tiny_llama(eos_token_id=None))
     ids = torch.randint(1, 90, (MOST_ROWS + 5, 7))

@@ -29,7 +29,7 @@ from .narrow import BITS
 from .prepared import Prepared, Watched, addresses
 from .scheduler import Scheduler
 from .segment import Segment, module_segments
-from .stretch import AuditedStretch, LosslessStretch, Pace, Stretch, unfit
+from .stretch import LosslessStretch, Pace, Stretch, unfit
 from .workspace import Workspace
 
 # What is tried, in order, before the module back end, which always can. "auto" takes `graphs` once
@@ -244,13 +244,13 @@ class Backend:
             return None
         pace = self._paces.setdefault((self.name, len(scheduler.rows)), Pace())
         drafts, several = scheduler.rows[0].draft_length is not None, len(scheduler.rows) > 1
-        if audited and (several or choice.penalty != 1):
+        if audited and choice.penalty != 1:  # which hangs on what had been said by then
             return None
         if several:
             kind = LosslessBatchStretch if drafts else BatchStretch
         else:
-            kind = LosslessStretch if drafts else AuditedStretch if audited else Stretch
-        found = kind(scheduler, pace, choice)
+            kind = LosslessStretch if drafts else Stretch
+        found = kind(scheduler, pace, choice, audited)
         if (type(found).__name__, self.name) not in self._compiled_stretches:
             self._compiled_stretches.add((type(found).__name__, self.name))
             clock = time.perf_counter()

@@ -17,10 +17,10 @@ from .stretch import LosslessStretch, Pace, Stretch
 class BatchStretch(Stretch):
     """Decodes the texts of a scheduler whose prompts have been run; texts may be dropped."""
 
-    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
+    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice, audited: bool = False):
         """Prepare what stays the same."""
         self._rows_read = max(self._rows_read, len(scheduler.rows))
-        super().__init__(scheduler, pace, choice)
+        super().__init__(scheduler, pace, choice, audited)
         room, width = self._desk.x.shape
         fused = self._compiled.fused
         pairs = fused.sizes.head_dim // 2
@@ -105,8 +105,8 @@ class BatchStretch(Stretch):
             How many tokens of each row stand.
         """
         rules, (*_, (*_, chosen)) = self._scheduler.rules, parts
-        propagate = int(rules.kv == "propagate")
-        kernel("batch").decode(*tokens, most, caps, rules.shallow_passes, propagate, *parts)
+        how = rules.shallow_passes, int(rules.kv == "propagate"), self._audit
+        kernel("batch").decode(*tokens, most, caps, *how, *parts)
         return chosen
 
 

@@ -54,13 +54,14 @@ class Stretch:
 
     _rows_read = 1  # hidden states to read out at once
 
-    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
+    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice, audited: bool = False):
         """Prepare what stays the same; `unfit` must have found no reason not to.
 
         Args:
             scheduler: of the text.
             pace: of the model's texts.
             choice: of its tokens.
+            audited: whether full depth says, later, what it would have chosen.
         """
         self._scheduler, first = scheduler, scheduler.segments[0]
         readout, rules = scheduler.readout, scheduler.rules
@@ -79,7 +80,8 @@ class Stretch:
         plain = scheduler.decoder.plain_embedding
         assert plain is not None
         table, factor = bits(plain[0].weight.detach()).numpy(), like.new_tensor([plain[1]]).numpy()
-        head = readout.with_room(self._rows_read)
+        reading = max(self._rows_read, 8 * audited)
+        head = readout.with_room(reading)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
         self._model = (table, factor), model.layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
@@ -87,7 +89,9 @@ class Stretch:
         # Exit layer -> confidences asked for, and the raw ones that give them.
         self._raw: dict[int, dict[float, float]] = {s.stop: {} for s in scheduler.segments}
         self._pace, self._choosing = pace, Choosing(choice, readout.vocab, rows)
-        self._audit = _audit(0, len(bounds) - 1, nothing())
+        policy, room = scheduler.policy, self._room if audited else 0
+        record = policy.record if isinstance(policy, GuardedPolicy) else nothing()
+        self._audit = _audit(rows, room, len(scheduler.segments), record)
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -148,6 +152,13 @@ class Stretch:
         state = lengths[:, None].tolist(), waiting[:, None].tolist(), tallies.tolist()
         scheduler.go_on([row.position + done], [-1], *state)
         return [self._emitted(*(result[:done].tolist() for result in results))]
+
+    def compared(self) -> dict[int, tuple[int, int]]:
+        """Audited since last asked: exit layer -> tokens full depth chooses too, and all."""
+        stops, totals = (segment.stop for segment in self._scheduler.segments), self._audit[3]
+        counts = totals.tolist()
+        totals[:] = 0
+        return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
 
     def _lengths(self) -> Any:
         """Tokens of each row that each segment's layers hold, [segments, rows]."""
@@ -230,30 +241,9 @@ class LosslessStretch(Stretch):
         return done
 
 
-class AuditedStretch(Stretch):
-    """A stretch in which full depth says, later, what it would have chosen."""
-
-    _rows_read = 8
-
-    def __init__(self, scheduler: Scheduler, pace: Pace, choice: Choice):
-        """Prepare what stays the same."""
-        super().__init__(scheduler, pace, choice)
-        policy = scheduler.policy
-        record = policy.record if isinstance(policy, GuardedPolicy) else nothing()
-        self._audit = _audit(self._room, len(scheduler.segments), record)
-
-    def compared(self) -> dict[int, tuple[int, int]]:
-        """Since last asked: exit layer -> tokens full depth chooses too, and all compared."""
-        stops = (segment.stop for segment in self._scheduler.segments)
-        totals = self._audit[3]
-        counts = totals.tolist()
-        totals[:] = 0
-        return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
-
-
-def _audit(room: int, segments: int, record: tuple[Any, ...]) -> tuple[Any, ...]:
+def _audit(rows: int, room: int, segments: int, record: tuple[Any, ...]) -> tuple[Any, ...]:
     """What compares as many tokens as there is room for, see `kernels.audited`."""
-    waiting = (np.zeros(size, np.int64) for size in (1, room, room))
+    waiting = np.zeros(rows, np.int64), *np.zeros((2, rows, room), np.int64)
     return *waiting, np.zeros((segments, 2), np.int64), record
 
 

@@ -1,12 +1,15 @@
-"""Comparing the tokens of a text with what full depth chooses, compiled.
+"""Comparing the tokens of texts with what full depth chooses, compiled.
 
-The states of tokens that wait come through all layers with the next token that goes so deep, and
-then are read out as well. Where tokens are drawn it is the likeliest ones that are compared.
+The states of tokens that wait come through all layers with the next token of their text that goes
+so deep, and then are read out as well. Where tokens are drawn it is the likeliest ones that are
+compared.
 
-- `audit`: what waits: how many tokens, [1], which token was likeliest at each of them, and the
-  segments after which they left, [room] each, no room where nobody compares; and, of the tokens
+- `audit`: what waits: how many tokens, [rows], which token was likeliest at each of them, and the
+  segments after which they left, [rows, room] each, no room where nobody compares; of the tokens
   that left after each segment, how many full depth would have chosen and how many were compared,
   [segments, 2]; and a record of `engine.promise`, whose test each of them is a turn of.
+
+Axes: `rows` of the batch, `segments`, `room`.
 """
 
 from typing import Any
@@ -21,15 +24,7 @@ _observe = exact(promise.observe)
 @inner
 def audited(audit: Any) -> bool:
     """Whether somebody compares."""
-    return len(audit[1]) > 0
-
-
-@inner
-def note(token: int, s: int, audit: Any) -> None:
-    """Let a token wait that was likeliest after segment s."""
-    waiting, tokens, exits, _, _ = audit
-    tokens[waiting[0]], exits[waiting[0]] = token, s
-    waiting[0] += 1
+    return audit[1].shape[1] > 0
 
 
 @inner
@@ -39,7 +34,15 @@ def alarms(audit: Any) -> int:
 
 
 @inner
-def _count(agrees: bool, s: int, audit: Any) -> None:
+def note(row: int, token: int, s: int, audit: Any) -> None:
+    """Let a token wait that was likeliest after segment s."""
+    waiting, tokens, exits, _, _ = audit
+    tokens[row, waiting[row]], exits[row, waiting[row]] = token, s
+    waiting[row] += 1
+
+
+@inner
+def count(agrees: bool, s: int, audit: Any) -> None:
     """Count a token that left after segment s."""
     counts, record = audit[3], audit[4]
     counts[s, 0] += agrees
@@ -48,11 +51,13 @@ def _count(agrees: bool, s: int, audit: Any) -> None:
 
 
 @inner
-def compare(block: int, x: Any, head: Any, audit: Any) -> int:
+def compare(row: int, first: int, states: int, x: Any, head: Any, audit: Any) -> int:
     """Compare what waits with what full depth finds likeliest.
 
     Args:
-        block: states on the desk: of the tokens that wait, and of one that came as deep itself.
+        row: whose.
+        first: where the states of what waits begin on the desk.
+        states: how many there are, of tokens behind them too.
         x: the desk.
         head: see `screen`.
         audit: see above; changed.
@@ -62,13 +67,12 @@ def compare(block: int, x: Any, head: Any, audit: Any) -> int:
     """
     waiting, tokens, exits, _, _ = audit
     most, token = head[4].shape[0], -1
-    for start in range(0, block, most):
-        rows = min(most, block - start)
-        look(x[start : start + rows], head)
-        for row in range(rows):
-            token = token_of(row, head)
-            if start + row < waiting[0]:
-                _count(token == tokens[start + row], exits[start + row], audit)
-    waiting[0] = 0
-    _count(True, len(audit[3]) - 1, audit)
+    for start in range(0, states, most):
+        block = min(most, states - start)
+        look(x[first + start : first + start + block], head)
+        for n in range(block):
+            token = token_of(n, head)
+            if start + n < waiting[row]:
+                count(token == tokens[row, start + n], exits[row, start + n], audit)
+    waiting[row] = 0
     return token

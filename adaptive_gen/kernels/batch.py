@@ -21,12 +21,13 @@ in front of it, with all that waits there for them. What changes with several te
 import math
 from typing import Any
 
+from .audited import alarms, audited, compare, count, note
 from .choosing import NONE, choose, plain, prepare
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .jit import entry, inner
 from .layers import run_layers, store_layers
 from .rows import copy
-from .screen import GATE, leaves, look
+from .screen import GATE, leaves, look, token_of
 
 
 @inner
@@ -184,7 +185,7 @@ def ask(
     asking: Any,
     choosing: Any,
     results: Any,
-) -> None:
+) -> int:
     """Let rows leave that have run a segment, if they may.
 
     Args:
@@ -192,6 +193,9 @@ def ask(
         rows: how many have run it; the notes say which.
         caps: see above; likewise the rest.
         propagate: see `decode`.
+
+    Returns:
+        How many states were read out for a choice; the notes say of which rows.
     """
     x, _, _, reading, notes, _, _ = desk
     _, _, counts, _, stages, _, _ = state
@@ -215,7 +219,7 @@ def ask(
         notes[0, asks] = r
         asks += 1
     if not asks:
-        return
+        return 0
     if s == last or measure == GATE:
         prepare(reading[:asks], False, head, choosing)
     else:
@@ -232,6 +236,7 @@ def ask(
         exits[r, i] = s
         chosen[r] += 1
         stages[r] = -1
+    return asks
 
 
 @inner
@@ -294,6 +299,31 @@ def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
             counts[0, r], stages[r] = 1, 0
 
 
+@inner
+def _audit_deep(rows: int, model: Any, desk: Any, choosing: Any, audit: Any) -> None:
+    """Compare what came through all layers with as many rows; the block is on the desk."""
+    x, notes, places, last = desk[0], desk[4], choosing[1], len(model[4]) - 2
+    for n in range(rows):
+        place = places[notes[0, n]]
+        waiting = audit[0][place]
+        compare(place, notes[1, n] - waiting, waiting, x, model[2], audit)
+    for _ in range(rows):
+        count(True, last, audit)
+
+
+@inner
+def _note_early(
+    s: int, read: int, head: Any, notes: Any, stages: Any, choosing: Any, results: Any, audit: Any
+) -> None:
+    """Let what left after segment s wait for full depth, of rows whose states were read out."""
+    tokens, _, _, chosen = results
+    for n in range(read):
+        r = notes[0, n]
+        if stages[r] == -1:
+            likeliest = tokens[r, chosen[r] - 1] if plain(choosing) else token_of(n, head)
+            note(choosing[1][r], likeliest, s, audit)
+
+
 @entry
 def decode(
     newest: Any,
@@ -302,6 +332,7 @@ def decode(
     caps: Any,
     shallow_passes: int,
     propagate: int,
+    audit: Any,
     model: Any,
     desk: Any,
     state: Any,
@@ -309,7 +340,7 @@ def decode(
     choosing: Any,
     results: Any,
 ) -> None:
-    """Decode until a text ends, or has as many new tokens as it may.
+    """Decode until a text ends, has as many new tokens as it may, or to an alarm.
 
     Args:
         newest: of texts whose last token has not been run, that token, [rows].
@@ -318,16 +349,23 @@ def decode(
         caps: see above.
         shallow_passes: see `rules.Rules`.
         propagate: 1 if skipped layers get their keys and values that way.
+        audit: see `kernels.audited`; changed.
         model: see above; likewise `desk`, `state`, `asking`, `choosing`, `results`.
     """
     stages, (tokens, _, _, chosen) = state[4], results
+    last, compares, alarms_before = len(model[4]) - 2, audited(audit), alarms(audit)
     going = True
     for r in range(len(most)):
         going = going and chosen[r] < most[r]
     while going:
         feed(newest, model, state, results)
         s, rows = advance(shallow_passes, propagate, model, desk, state)
-        ask(s, rows, caps, propagate, model, desk, state, asking, choosing, results)
+        if compares and s == last:
+            _audit_deep(rows, model, desk, choosing, audit)
+        read = ask(s, rows, caps, propagate, model, desk, state, asking, choosing, results)
+        if compares and s < last:
+            _note_early(s, read, model[2], desk[4], stages, choosing, results, audit)
+        going = alarms(audit) == alarms_before
         if propagate:
             _empty_full(s, caps, model, desk, state)
         for r in range(len(stages)):

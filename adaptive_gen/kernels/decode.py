@@ -29,7 +29,7 @@ import math
 from typing import Any
 
 from ..engine import thrift
-from .audited import alarms, audited, compare, note
+from .audited import alarms, audited, compare, count, note
 from .choosing import NONE, choose, plain, prepare
 from .half import number
 from .jit import entry, exact, inner
@@ -269,10 +269,11 @@ def decode(
         if chosen >= 0:
             if compares:
                 likeliest = chosen if plain(choosing) else token_of(0, head)
-                note(likeliest, exits[i], audit)
+                note(0, likeliest, exits[i], audit)
         else:
             if compares:
-                chosen = compare(block, x, head, audit)
+                chosen = compare(0, 0, block, x, head, audit)
+                count(True, last, audit)
             if chosen < 0 or not plain(choosing):
                 prepare(x[block - 1 : block], False, head, choosing)
                 chosen = choose(i, 0, 0, head, choosing)
