@@ -73,13 +73,17 @@ class GuardedThresholds(GuardedPolicy):
         return getattr(self.policy, "confidence", None)
 
     def least(self, exit_layer: int, position: int) -> float:
-        """The inner policy's, with the doubt it leaves divided."""
+        """The inner policy's, whose distance to 1 each alarm halves; 0 and less stay."""
         least = self.policy.least(exit_layer, position)
         return 1 - (1 - least) / self._factor if 0 < least < 1 else least
 
     def should_exit(self, check: Check) -> bool:
-        """Whether the confidence is as much as is asked for now."""
-        return check.by(self.confidence) >= self.least(check.exit_layer, check.position)
+        """Whether the inner policy lets a sure token leave, and this one is sure enough now."""
+        if self._factor == 1:
+            return self.policy.should_exit(check)
+        sure = replace(check, confidence=1.0, measure=lambda name: 1.0)
+        enough = check.by(self.confidence) >= self.least(check.exit_layer, check.position)
+        return enough and self.policy.should_exit(sure)
 
 
 def _doubted(confidence: float, factor: int) -> float:
@@ -105,7 +109,7 @@ class Auditor:
     def add(self, compared: Mapping[int, tuple[int, int]]) -> None:
         """Count many tokens at once: exit layer -> those that agree, and all.
 
-        The guard has been told.
+        Compiled code has told the guard, in its record.
         """
         for exit_layer, (agreeing, tokens) in compared.items():
             self._agreeing[exit_layer] += agreeing

@@ -135,6 +135,22 @@ def test_each_alarm_halves_the_doubt_until_nothing_exits(policy):
     assert not guard.may_exit(2, 0)
 
 
+class Thirds(ThresholdPolicy):
+    """Has more to say than its thresholds do."""
+
+    def should_exit(self, check):
+        return check.position % 3 == 0 and super().should_exit(check)
+
+
+def test_a_guard_asks_the_policy_itself_before_an_alarm_and_after():
+    guard = guarded(Thirds({2: 0.5}), floor=0.9)
+    assert [guard.should_exit(Check(2, i, 0.6)) for i in range(4)] == [True, False, False, True]
+    while not guard.alarms:
+        guard.observe(False)
+    assert [guard.should_exit(Check(2, 3, sure)) for sure in (0.74, 0.76)] == [False, True]
+    assert not guard.should_exit(Check(2, 4, 0.99))
+
+
 def test_the_guard_leads_a_bad_policy_back_to_full_depth():
     model = wrapped("llama")
     settings = {"max_new_tokens": 300, "adaptive": True, "return_dict_in_generate": True}

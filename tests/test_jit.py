@@ -35,3 +35,20 @@ def test_what_kernels_call_is_refused_to_python_before_and_after_it_is_compiled(
         with pytest.raises(TypeError, match="plus is called by kernels only"):
             plus(3, 1)
         assert more(1) == 7
+
+
+def test_a_function_that_is_exact_stays_so_whoever_calls_it(tmp_path, monkeypatch):
+    """numba hands the caller's freedoms on to what it calls, where nothing else is said."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    @jit.exact
+    def difference(a, b):
+        return (a + b) - a
+
+    @jit.entry
+    def ask(a, b):
+        return difference(a, b)
+
+    assert ask(1e16, 1.0) == (1e16 + 1.0) - 1e16 == 0.0
+    (code,) = difference.inspect_llvm().values()
+    assert "fadd double" in code and "reassoc" not in code

@@ -32,6 +32,7 @@ from .scheduler import Scheduler
 # How long a stretch may take: tokens are shown when it ends, and 20 times a second looks steady.
 # They share the half millisecond of Python around a call whose weights emptied the caches.
 SECONDS, MOST = 0.05, 64
+_AT_ONCE = 8  # states that full depth reads out together, to judge or to compare by them
 MOST_WAITING = 4096  # tokens, of all rows, to keep buffers for
 
 
@@ -80,8 +81,9 @@ class Stretch:
         plain = scheduler.decoder.plain_embedding
         assert plain is not None
         table, factor = bits(plain[0].weight.detach()).numpy(), like.new_tensor([plain[1]]).numpy()
-        reading = max(self._rows_read, 8 * audited)
-        head = readout.with_room(reading)
+        if audited:
+            self._rows_read = max(self._rows_read, _AT_ONCE)
+        head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
         self._model = (table, factor), model.layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
@@ -91,7 +93,7 @@ class Stretch:
         self._pace, self._choosing = pace, Choosing(choice, readout.vocab, rows)
         policy, room = scheduler.policy, self._room if audited else 0
         record = policy.record if isinstance(policy, GuardedPolicy) else nothing()
-        self._audit = _audit(rows, room, len(scheduler.segments), record)
+        self._audit = _comparing(rows, room, len(scheduler.segments), record)
 
     def _gate(self) -> tuple[Any, Any]:
         """The weights of each exit's probe for hidden states divided by their length, and bias."""
@@ -224,7 +226,7 @@ class Stretch:
 class LosslessStretch(Stretch):
     """A stretch in which tokens that leave early are drafts, and full depth has the last word."""
 
-    _rows_read = 8
+    _rows_read = _AT_ONCE
 
     @property
     def _surplus(self) -> int:
@@ -241,7 +243,7 @@ class LosslessStretch(Stretch):
         return done
 
 
-def _audit(rows: int, room: int, segments: int, record: tuple[Any, ...]) -> tuple[Any, ...]:
+def _comparing(rows: int, room: int, segments: int, record: tuple[Any, ...]) -> tuple[Any, ...]:
     """What compares as many tokens as there is room for, see `kernels.audited`."""
     waiting = np.zeros(rows, np.int64), *np.zeros((2, rows, room), np.int64)
     return *waiting, np.zeros((segments, 2), np.int64), record

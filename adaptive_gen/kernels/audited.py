@@ -42,7 +42,7 @@ def note(row: int, token: int, s: int, audit: Any) -> None:
 
 
 @inner
-def count(agrees: bool, s: int, audit: Any) -> None:
+def tally(agrees: bool, s: int, audit: Any) -> None:
     """Count a token that left after segment s."""
     counts, record = audit[3], audit[4]
     counts[s, 0] += agrees
@@ -73,6 +73,6 @@ def compare(row: int, first: int, states: int, x: Any, head: Any, audit: Any) ->
         for n in range(block):
             token = token_of(n, head)
             if start + n < waiting[row]:
-                count(token == tokens[row, start + n], exits[row, start + n], audit)
+                tally(token == tokens[row, start + n], exits[row, start + n], audit)
     waiting[row] = 0
     return token

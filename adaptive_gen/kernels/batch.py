@@ -21,7 +21,7 @@ in front of it, with all that waits there for them. What changes with several te
 import math
 from typing import Any
 
-from .audited import alarms, audited, compare, count, note
+from .audited import alarms, audited, compare, note, tally
 from .choosing import NONE, choose, plain, prepare
 from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_of, observe
 from .jit import entry, inner
@@ -301,14 +301,20 @@ def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
 
 @inner
 def _audit_deep(rows: int, model: Any, desk: Any, choosing: Any, audit: Any) -> None:
-    """Compare what came through all layers with as many rows; the block is on the desk."""
+    """Compare what waited of rows whose newest tokens came through all layers, and count those.
+
+    Args:
+        rows: how many; the notes say which, and the block of all their tokens is on the desk.
+        model: see above; likewise `desk`, `choosing`.
+        audit: see `kernels.audited`; changed.
+    """
     x, notes, places, last = desk[0], desk[4], choosing[1], len(model[4]) - 2
     for n in range(rows):
         place = places[notes[0, n]]
         waiting = audit[0][place]
         compare(place, notes[1, n] - waiting, waiting, x, model[2], audit)
     for _ in range(rows):
-        count(True, last, audit)
+        tally(True, last, audit)
 
 
 @inner

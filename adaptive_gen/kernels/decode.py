@@ -29,7 +29,7 @@ import math
 from typing import Any
 
 from ..engine import thrift
-from .audited import alarms, audited, compare, count, note
+from .audited import alarms, audited, compare, note, tally
 from .choosing import NONE, choose, plain, prepare
 from .half import number
 from .jit import entry, exact, inner
@@ -273,7 +273,7 @@ def decode(
         else:
             if compares:
                 chosen = compare(0, 0, block, x, head, audit)
-                count(True, last, audit)
+                tally(True, last, audit)
             if chosen < 0 or not plain(choosing):
                 prepare(x[block - 1 : block], False, head, choosing)
                 chosen = choose(i, 0, 0, head, choosing)

@@ -37,11 +37,12 @@ def compiled(function: Any) -> Any:
 
 
 def exact(function: Any) -> Any:
-    """Compile a function without the freedoms that sums have."""
-    return _made(function)
+    """Compile a function as `entry` does, but for no other result than Python's."""
+    return _made(function, fastmath=False, error_model="numpy", **_counting(False))
 
 
 def _made(function: Any, **options: Any) -> Any:
+    """Compile with options, none of which may be left out: a kernel inherits its caller's."""
     options |= {"nogil": True, "cache": True, "no_cfunc_wrapper": True}
     return stamped(_for_any_number(njit(function, **options)))
 
@@ -51,8 +52,7 @@ def _fast() -> dict[str, Any]:
 
 
 def _counting(references: bool) -> dict[str, Any]:
-    # Said either way, for a kernel inherits from its caller what it does not say. Where numba has
-    # no such option all are counted, and that takes longer.
+    # Where numba has no such option all are counted, and that takes longer.
     return {"_nrt": references} if hasattr(CPUTargetOptions, "_nrt") else {}
 
 

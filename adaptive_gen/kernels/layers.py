@@ -131,18 +131,18 @@ def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: in
 
 
 @inner
-def _activate(wide: Any, inner: int, approximate_gelu: bool, tokens: int) -> None:
-    """Let the gates, `inner` numbers of each token, through to what lies behind them."""
+def _activate(wide: Any, width: int, approximate_gelu: bool, tokens: int) -> None:
+    """Let the gates, `width` numbers of each token, through to what lies behind them."""
     one = wide.dtype.type(1)
     steep, cubic = wide.dtype.type(_STEEP), wide.dtype.type(_CUBIC)
     for m in range(tokens):
-        gate, up = wide[m, :inner], wide[m, inner : 2 * inner]
+        gate, up = wide[m, :width], wide[m, width : 2 * width]
         if approximate_gelu:
-            for n in range(inner):
+            for n in range(width):
                 g = gate[n]
                 gate[n] = g / (one + exp(-steep * (g + cubic * g * g * g))) * up[n]
         else:
-            for n in range(inner):
+            for n in range(width):
                 gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
 
 
@@ -192,7 +192,7 @@ def run_layers(
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gains, first_gain, second_gain, mixed_gain, output_gain = biases
     normed, projected, mixed, wide, added, scores, plan, team = buffers
-    tokens, inner = place.shape[0], down.shape[2]
+    tokens, width = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
     norms, whole, gelu = traits[NORMED_FIRST], traits[WHOLE_HEADS], traits[APPROXIMATE_GELU]
     for layer in range(start, stop):
@@ -216,7 +216,7 @@ def run_layers(
         _given(y, floors[0], norms, second_gain[layer], normed, going)
         wide[:going] = 0
         add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
-        _activate(wide, inner, gelu, going)
+        _activate(wide, width, gelu, going)
         if output_gain.shape[1]:
             added[:going] = 0
             add_product(wide, down[layer], down_scale[layer], added, going, team)

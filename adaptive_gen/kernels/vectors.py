@@ -6,7 +6,7 @@ from typing import Any
 from llvmlite import ir
 
 WORD, LANE = ir.IntType(64), ir.IntType(32)
-# What may be done with sums, as `jit.compiled` allows it in all other code.
+# What may be done with sums, as in all other code of kernels; see `jit`.
 SUMS = ("contract", "nsz", "reassoc")
 
 
