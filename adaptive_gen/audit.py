@@ -28,7 +28,7 @@ class GuardedPolicy:
     def __init__(self, policy: ExitPolicy, floor: float):
         """Guard `policy`; `floor` in (0, 1) is the agreement to keep."""
         self.policy, self.floor = policy, floor
-        self.record = promise.record(floor, RAISES + 1)  # which compiled code keeps as well
+        self.record = promise.begin(floor, RAISES + 1)  # which compiled code keeps as well
 
     @property
     def alarms(self) -> list[int]:

@@ -9,7 +9,7 @@ from test_batches import LENGTHS, Uneven, padded, wrapped
 
 from adaptive_gen import Check, FixedExit, ThresholdPolicy
 from adaptive_gen.audit import RAISES, guarded
-from adaptive_gen.engine.promise import ALARM, observe, record
+from adaptive_gen.engine.promise import ALARM, begin, observe
 from adaptive_gen.settings import state
 
 
@@ -106,7 +106,7 @@ def test_a_kept_promise_seldom_raises_the_alarm():
 
 def broken(agrees, floor):
     """Number of tokens after which the promise counts as broken, or None."""
-    test = record(floor, alarms=1)
+    test = begin(floor, alarms=1)
     return next((i for i, a in enumerate(agrees, 1) if observe(bool(a), test)), None)
 
 

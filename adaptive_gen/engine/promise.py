@@ -21,8 +21,8 @@ SEEN, RAISED = range(2)
 _STAKES = 8
 
 
-def record(floor: float, alarms: int) -> tuple[Any, ...]:
-    """Begin with a wealth of 1.
+def begin(floor: float, alarms: int) -> tuple[Any, ...]:
+    """The record of a test that begins, with a wealth of 1.
 
     Args:
         floor: the agreement promised, in (0, 1).
@@ -36,7 +36,7 @@ def record(floor: float, alarms: int) -> tuple[Any, ...]:
 
 def nothing() -> tuple[Any, ...]:
     """The record of a test that nobody asked for."""
-    return record(0.5, 0)
+    return begin(0.5, 0)
 
 
 def observe(agrees: bool, record: Any) -> bool:

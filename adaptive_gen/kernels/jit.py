@@ -1,8 +1,8 @@
 """How kernels are compiled.
 
-Most of what compiling takes is not the kernels' own code: each is compiled once more for every
-constant it is given, wrapped for callers in Python and in C, and its arrays' references are
-counted. So it is said of each kernel who calls it, and what it does with arrays.
+Much of what numba compiles is not the kernels' own code: each comes once more for every constant
+that it is given, with wrappers for callers in Python and in C, and counts references to arrays. So
+it is said of each kernel who calls it, and what it does with arrays.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,9 @@ def _counting(references: bool) -> dict[str, Any]:
 
 def _for_any_number(function: Any) -> Any:
     """Have numba compile once for all numbers of a type, where it would for each constant."""
-    by_constants: Callable[..., Any] = function.get_call_template
+    by_constants: Callable[..., Any] | None = getattr(function, "get_call_template", None)
+    if by_constants is None:  # numba no longer works this way: more to compile, and never wrong
+        return function
 
     def by_types(args: Any, kws: Any) -> Any:
         named = {name: types.unliteral(kind) for name, kind in kws.items()}
