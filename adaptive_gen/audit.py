@@ -33,13 +33,13 @@ class GuardedPolicy:
     @property
     def alarms(self) -> list[int]:
         """Audited tokens at each alarm."""
-        *_, counts, alarms = self.record
-        return alarms[: counts[promise.RAISED]].tolist()
+        *_, alarms = self.record
+        return alarms[: promise.raised(self.record)].tolist()
 
     @property
     def _factor(self) -> int:
         """By how much doubts are multiplied."""
-        return 2 ** int(self.record[3][promise.RAISED])
+        return 2 ** int(promise.raised(self.record))
 
     def observe(self, agrees: bool) -> None:
         """Take note of one audited token."""

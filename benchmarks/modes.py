@@ -50,8 +50,10 @@ def arms(rows: int, checked: dict[str, Any] | None) -> dict[str, dict[str, Any]]
             found[f"{name}, exits checked"] = {**mode, **checked}
     # With a floor that the built-in model keeps, nothing is ever acted on but everything is tested.
     audits = {"audited": {"audit": True}, "audited, acting": {"audit_floor": 0.8}}
+    having = checked if checked and rows > 1 else {}
+    watched = "lossy, recompute, exits checked" if having else "lossy, recompute"
     for name, audit in audits.items():
-        found[f"lossy, recompute, {name}"] = {**((checked or {}) if rows > 1 else {}), **audit}
+        found[f"{watched}, {name}"] = {**having, **audit}
     for name in ("transformers", FULL_DEPTH, *modes):
         found[name + SAMPLED] = {**found.get(name, modes.get(name, {})), **DRAWS}
     return {name: {"adaptive": True, **keywords} for name, keywords in found.items()}

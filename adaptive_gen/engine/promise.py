@@ -6,7 +6,7 @@ inequality). Several stakes are played at once, since the true rate is not known
 test begins anew. Source: Waudby-Smith & Ramdas 2023 (arXiv 2010.09686), betting with a mixture over
 stakes.
 
-`observe` is plain enough to be compiled, and `kernels.audited` does. It keeps its account in a
+`observe` and `raised` are plain enough to be compiled, and `kernels.audited` does. The account is a
 record: stakes and the logarithm of what each has won, [stakes] each; the disagreement promised,
 [1]; tokens seen and alarms raised, [2]; and the tokens seen at each alarm, [alarms] at most.
 """
@@ -36,7 +36,13 @@ def begin(floor: float, alarms: int) -> tuple[Any, ...]:
 
 def nothing() -> tuple[Any, ...]:
     """The record of a test that nobody asked for."""
-    return begin(0.5, 0)
+    return np.zeros(0), np.zeros(0), np.ones(1), np.zeros(2, np.int64), np.zeros(0, np.int64)
+
+
+def raised(record: Any) -> int:
+    """How many alarms there have been."""
+    _, _, _, counts, _ = record
+    return counts[RAISED]
 
 
 def observe(agrees: bool, record: Any) -> bool:

@@ -15,10 +15,12 @@ Axes: `rows` of the batch, `segments`, `room`.
 from typing import Any
 
 from ..engine import promise
+from .choosing import plain
 from .jit import exact, inner
 from .screen import look, token_of
 
 _observe = exact(promise.observe)
+_raised = exact(promise.raised)
 
 
 @inner
@@ -30,14 +32,25 @@ def audited(audit: Any) -> bool:
 @inner
 def alarms(audit: Any) -> int:
     """How often the promise has been found broken."""
-    return audit[4][3][promise.RAISED]
+    return _raised(audit[4])
 
 
 @inner
-def note(row: int, token: int, s: int, audit: Any) -> None:
-    """Let a token wait that was likeliest after segment s."""
+def note(row: int, token: int, read: int, s: int, head: Any, choosing: Any, audit: Any) -> None:
+    """Let what left after segment s wait for full depth.
+
+    Args:
+        row: whose.
+        token: which one left.
+        read: where its state is among those that were read out for it.
+        s: the segment.
+        head: see `screen`.
+        choosing: see `kernels.choosing`.
+        audit: see above; changed.
+    """
     waiting, tokens, exits, _, _ = audit
-    tokens[row, waiting[row]], exits[row, waiting[row]] = token, s
+    tokens[row, waiting[row]] = token if plain(choosing) else token_of(read, head)
+    exits[row, waiting[row]] = s
     waiting[row] += 1
 
 

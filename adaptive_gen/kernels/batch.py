@@ -27,7 +27,7 @@ from .decode import CAUGHT_UP, DEEP_PASSES, LAYERS_RUN, among, due, embed, gate_
 from .jit import entry, inner
 from .layers import run_layers, store_layers
 from .rows import copy
-from .screen import GATE, leaves, look, token_of
+from .screen import GATE, leaves, look
 
 
 @inner
@@ -326,8 +326,7 @@ def _note_early(
     for n in range(read):
         r = notes[0, n]
         if stages[r] == -1:
-            likeliest = tokens[r, chosen[r] - 1] if plain(choosing) else token_of(n, head)
-            note(choosing[1][r], likeliest, s, audit)
+            note(choosing[1][r], tokens[r, chosen[r] - 1], n, s, head, choosing, audit)
 
 
 @entry

@@ -35,7 +35,7 @@ from .half import number
 from .jit import entry, exact, inner
 from .layers import run_layers, store_layers
 from .rows import copy, norm
-from .screen import GATE, leaves, look, token_of
+from .screen import GATE, leaves, look
 
 due = exact(thrift.due)
 observe = exact(thrift.observe)
@@ -268,8 +268,7 @@ def decode(
         )
         if chosen >= 0:
             if compares:
-                likeliest = chosen if plain(choosing) else token_of(0, head)
-                note(0, likeliest, exits[i], audit)
+                note(0, chosen, 0, exits[i], head, choosing, audit)
         else:
             if compares:
                 chosen = compare(0, 0, block, x, head, audit)
