@@ -16,7 +16,7 @@ from .engine.positions import Positions
 from .errors import ModelError
 from .exit_readouts import exits_of, readouts
 from .head import Head
-from .naming import Parts, check_attention
+from .naming import Parts, PlainEmbedding, check_attention
 
 
 class Decoder:
@@ -129,8 +129,8 @@ class Decoder:
         return self._head(self._parts.norm(hidden))
 
     @property
-    def plain_embedding(self) -> tuple[Any, float] | None:
-        """The token embedding and a factor, where `embed` is a row of it times that; else None."""
+    def plain_embedding(self) -> PlainEmbedding | None:
+        """What `embed` comes to, where it is no more than that; else None."""
         return self._parts.plain_embedding
 
     @property

@@ -7,7 +7,7 @@ every use, so a module that is replaced later (an adapter on the embedding, say)
 
 import copy
 import inspect
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ _NAMES = {
 _LEARNED_POSITIONS = ("wpe", "embed_positions")
 _CACHE_KEYWORDS = ("past_key_values", "layer_past")
 _SOME = torch.arange(2)  # tokens of any vocabulary
+
+
+class PlainEmbedding(NamedTuple):
+    """An embedding that is a row of a table, times a factor, and a row for the token's position."""
+
+    table: Tensor  # [vocab, hidden]
+    factor: float
+    positions: Tensor | None  # [positions, hidden], where they are learned
 
 
 class Unrotated(nn.Module):
@@ -139,10 +147,15 @@ class Parts:
         return self._positions is not None
 
     @property
-    def plain_embedding(self) -> tuple[Any, float] | None:
-        """The token embedding and a factor, where `embed` is a row of it times that; else None."""
-        if self._project_in is not None or self._positions is not None:
+    def plain_embedding(self) -> PlainEmbedding | None:
+        """What `embed` comes to, where it is no more than that; else None."""
+        if self._project_in is not None:
             return None
+        positions = None
+        if self._positions is not None:
+            positions = self._table_of_positions()
+            if positions is None:
+                return None
         module = getattr(self.base, self._names["embed_tokens"])
         factor = 1.0 if self._embedding_multiplier is None else float(self._embedding_multiplier)
         if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):  # Gemma's
@@ -153,7 +166,18 @@ class Parts:
             factor *= float(own)
         elif type(module) is not nn.Embedding:
             return None
-        return None if hooked(module) or module.max_norm is not None else (module, factor)
+        if hooked(module) or module.max_norm is not None:
+            return None
+        return PlainEmbedding(module.weight, factor, positions)
+
+    def _table_of_positions(self) -> Tensor | None:
+        """A learned embedding of every position, as a view; None where there is more to it."""
+        module: Any = getattr(self.base, cast(str, self._positions))
+        if not isinstance(module, nn.Embedding) or hooked(module) or module.max_norm is not None:
+            return None
+        table = module.weight[getattr(module, "offset", 0) :]  # OPT's first belong to no position
+        some = _SOME.to(table.device)
+        return table if torch.equal(self._placed(some[None])[0], table[: len(some)]) else None
 
     def embed(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer.

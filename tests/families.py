@@ -120,10 +120,13 @@ FAMILIES = {
     ),
     "glm": Family({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     "glm4": Family({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-    "cohere": Family({"logit_scale": 0.3, "use_qk_norm": True}, "multipliers"),
+    "cohere": Family({"logit_scale": 0.3}, "multipliers"),
+    "cohere_normed": Family({"logit_scale": 0.3, "use_qk_norm": True}, model_type="cohere"),
     "cohere2": Family({**MIXED, "logit_scale": 0.3}, "multipliers"),
     "starcoder2": Family(SLIDING),
-    "stablelm": Family({"qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm": Family({"use_qkv_bias": True}),
+    "stablelm_parallel": Family({"use_parallel_residual": True}, model_type="stablelm"),
+    "stablelm_normed": Family({"qk_layernorm": True}, model_type="stablelm"),
     "mixtral": Family({**SLIDING, "num_local_experts": 4}, "mixture of experts"),
     "qwen3_moe": Family(
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
@@ -181,7 +184,8 @@ FAMILIES = {
         model_type="falcon",
         attention="eager",
     ),
-    "phi": Family({"qk_layernorm": True}),
+    "phi": Family(),
+    "phi_normed": Family({"qk_layernorm": True}, model_type="phi"),
 }
 
 # Families that are refused: a tiny configuration, words of the reason given, and why (README).
@@ -266,10 +270,26 @@ FUSED = (
     "exaone4",
     "ernie4_5",
     "helium",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gpt_neox_serial",
+    "falcon",
+    "falcon_eager",
+    "phi",
+    "stablelm",
+    "stablelm_parallel",
+    "starcoder2",
+    "cohere",
+    "cohere2",
+    "nemotron",
+    "arcee",
+    "jais2",
 )
 # Of these, one or more for everything that differs: biases, windows, norms of heads one by one or
 # together, norms before, behind or both, GELU, factors, layers without positions, rotations by
-# layer, of half of the coordinates, of halves and of neighbours, matrices that come as one.
+# layer, of half of the coordinates, of halves and of neighbours, matrices that come as one, an MLP
+# without a gate or beside attention, LayerNorm, a bias of the head, learned positions.
 PARTICULAR = (
     "llama",
     "mistral",
@@ -281,4 +301,9 @@ PARTICULAR = (
     "smollm3",
     "phi3_partial",
     "glm4",
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "nemotron",
+    "cohere",
 )

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import PARTICULAR, make
+from families import FAMILIES, PARTICULAR, make
 
 import adaptive_gen
 from adaptive_gen.confidence import MEASURES, Confidences
@@ -18,8 +18,10 @@ from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
+from adaptive_gen.engine.layer_parts import ACTIVATIONS
 from adaptive_gen.engine.panelled import in_panels, padding
-from adaptive_gen.kernels import integers, pairs, panels, processor, products, readout
+from adaptive_gen.kernels import integers, layers, pairs, panels, processor, products, readout
+from adaptive_gen.kernels.jit import entry
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(3, 11)[None]
@@ -115,7 +117,9 @@ def test_the_kernels_exponential_is_the_librarys(dtype):
 @pytest.mark.parametrize("family", PARTICULAR)
 def test_heads_of_any_size_are_rotated_normed_and_stored_as_the_models_are(family, size):
     """Heads of whole registers go through them, others number by number; float32 has both."""
-    decoder = Decoder(make(family, head_dim=size).eval())
+    derived = "head_dim" in FAMILIES[family].config  # from the width, and not said
+    sizes = {"hidden_size": 4 * size} if derived else {"head_dim": size}
+    decoder = Decoder(make(family, **sizes).eval())
     half, n_layers = decoder.n_layers // 2, decoder.n_layers
     ids, found = torch.randint(1, 96, (2, 31)), []
     for engine in ("module", "compiled"):
@@ -151,6 +155,27 @@ def test_where_only_the_newest_state_counts_it_is_the_same_and_so_is_the_cache(f
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
     assert (firsts[0] != firsts[1]).any(), "the states of other tokens are not computed"
+
+
+@entry
+def activate(wide, width, activation, gated):
+    layers._activate(wide, width, activation, gated, wide.shape[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_are_torchs_however_large_a_number_is(name, dtype, gated):
+    near, far = torch.linspace(-9, 9, 997, dtype=dtype), torch.tensor([-1e3, -40, 40, 1e3, 0.0])
+    x = torch.cat([near, far.to(dtype)])[None]
+    up = torch.randn_like(x)
+    expected = ACTIVATIONS[name](x.double()) * (up if gated else 1)
+    wide = torch.cat([x, up], dim=1)
+    activate(wide.numpy(), x.shape[1], layers.ACTIVATIONS.index(name), int(gated))
+    precision = 1e-6 if dtype == torch.float32 else 1e-12
+    got = wide[:, : x.shape[1]].double()
+    torch.testing.assert_close(got, expected.double(), rtol=precision, atol=precision)
+    assert torch.equal(wide[:, x.shape[1] :], up)
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -22,7 +22,6 @@ from adaptive_gen.engine.cache import KVCache, Span
 from adaptive_gen.engine.compiled import MOST_ROWS
 from adaptive_gen.engine.fusing import fuse, narrow_readout, narrowed, wide
 from adaptive_gen.engine.int8 import MATRICES
-from adaptive_gen.engine.layer_parts import gain
 from adaptive_gen.engine.rules import QUEUE_CAP
 from adaptive_gen.errors import ModelError
 from adaptive_gen.exit_readouts import add_readouts
@@ -293,7 +292,7 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     norm, head, _ = decoder.plain_readout
     norm.weight.copy_(0.2 + 3 * torch.rand(len(norm.weight)))
     made = narrow_readout(norm, head)
-    of = compiled_readout.CompiledReadout(made, gain(wide(norm)))
+    of = compiled_readout.CompiledReadout(made, wide(norm))
     states = 2 * torch.randn(60, 3, norm.weight.numel())
     desk, index = of.with_room(3), screen.MEASURES.index(measure)
     torch.testing.assert_close(of(states[0]), made(states[0]))

@@ -14,7 +14,8 @@ import adaptive_gen
 from adaptive_gen.decoder import Decoder
 from adaptive_gen.engine.cache import KVCache, side_by_side
 from adaptive_gen.engine.fusing import fuse
-from adaptive_gen.engine.layer_parts import GELU, SILU, Unfit, gain
+from adaptive_gen.engine.layer_parts import GELU, GELU_TANH, RELU, RELU2, SILU, Unfit
+from adaptive_gen.engine.norms import gain, is_centred, shift, shifts
 from adaptive_gen.engine.turns import HALVES, NEIGHBOURS, rotation_of
 from adaptive_gen.settings import state
 
@@ -29,11 +30,15 @@ def fused(family):
     [
         ("llama", True, False, False, SILU),
         ("qwen3", True, False, False, SILU),
-        ("gemma", True, False, False, GELU),
-        ("gemma3_text", True, True, False, GELU),
+        ("gemma", True, False, False, GELU_TANH),
+        ("gemma3_text", True, True, False, GELU_TANH),
         ("glm4", True, True, False, SILU),
         ("olmo2", False, True, True, SILU),
         ("exaone4", False, True, False, SILU),
+        ("gpt2", True, False, False, GELU_TANH),
+        ("gpt_neox", True, False, False, GELU),
+        ("opt", True, False, False, RELU),
+        ("nemotron", True, False, False, RELU2),
     ],
 )
 def test_norms_and_gates_are_found_where_a_family_has_them(
@@ -46,10 +51,62 @@ def test_norms_and_gates_are_found_where_a_family_has_them(
         assert (layer.mixed_gain is not None) == (layer.output_gain is not None) == normed_after
 
 
-@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma3_text", 1.0)])
+@pytest.mark.parametrize(
+    ("family", "gated", "centred", "parallel"),
+    [
+        ("llama", True, False, False),
+        ("arcee", False, False, False),
+        ("stablelm", True, True, False),
+        ("stablelm_parallel", True, True, True),
+        ("gpt_neox", False, True, True),
+        ("gpt_neox_serial", False, True, False),
+        ("falcon", False, True, True),
+        ("falcon_eager", False, True, False),
+        ("phi", False, True, True),
+        ("gpt2", False, True, False),
+    ],
+)
+def test_it_is_seen_what_an_mlp_is_given_and_whether_it_has_a_gate(
+    family, gated, centred, parallel
+):
+    model = fused(family)
+    assert (model.sizes.gated, model.sizes.centred) == (gated, centred)
+    assert model.traits.parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("family", "offset"), [("llama", 0.0), ("gemma3_text", 1.0), ("nemotron", 1.0), ("cohere", 0.0)]
+)
 def test_a_gain_is_what_a_norm_multiplies_by(family, offset):
     norm = families.make(family).model.norm
     torch.testing.assert_close(gain(norm), (offset + norm.weight) * 32**0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_is_known_by_what_it_does(size, bias):
+    norm = torch.nn.LayerNorm(size, bias=bias)
+    for parameter in norm.parameters():
+        parameter.normal_()
+    torch.testing.assert_close(gain(norm), norm.weight * size**0.5)
+    assert shifts(norm) == bias
+    torch.testing.assert_close(shift(norm), norm.bias if bias else torch.zeros(size))
+    root_mean_square = torch.nn.RMSNorm(size, eps=1e-5)
+    assert (is_centred(norm), is_centred(root_mean_square)) == (size > 1, False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"])
+def test_a_llama_with_biases_everywhere_and_another_activation_is_computed(tiny_llama, activation):
+    model = tiny_llama(hidden_act=activation, mlp_bias=True, attention_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    model = adaptive_gen.wrap(model, engine="compiled")
+    ids, settings = torch.arange(3, 11)[None], {"max_new_tokens": 12, "do_sample": False}
+    ours = model.generate(ids, adaptive=True, threshold=1.0, **settings)
+    assert torch.equal(ours, model.generate(ids, **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,6 +124,12 @@ def test_layers_are_turned_by_their_own_embedding_or_not_at_all():
     assert fused("gemma3_text").turns.of_layer == [0, 1, 0, 1, 0, 1]
     assert fused("exaone4").turns.of_layer == [0, 1, 0, 1, 0, 1]
     assert len(fused("llama").turns) == 1
+
+
+def test_layers_that_cache_a_key_for_each_query_are_refused():
+    """Falcon's later ones project one for several, and repeat it in the cache."""
+    with pytest.raises(Unfit, match="other heads"):
+        fused("falcon_grouped")
 
 
 def test_keys_turned_otherwise_are_refused():

@@ -23,11 +23,21 @@ def screened(monkeypatch):
     monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
 
 
-def readout(vocab, dtype=torch.float32, scale=2.0):
+def compiled(head, bias=None, centred=False):
+    """The readout of a head [hidden, vocab]."""
+    norm = torch.nn.RMSNorm(
+        HIDDEN, dtype=torch.float32 if isinstance(head, Int8Matrix) else head.dtype
+    )
+    fused = FusedReadout(head, norm.weight.new_tensor(0.01).detach(), bias, centred)
+    return CompiledReadout(fused, norm)
+
+
+def readout(vocab, dtype=torch.float32, scale=2.0, layer_norm=False):
     """A head whose columns differ in length, as those of trained models do."""
     head = torch.randn(HIDDEN, vocab, dtype=dtype) * scale
     head[:, :20] *= 3
-    return CompiledReadout(FusedReadout(head, head.new_tensor(0.01)), head.new_ones(len(head)))
+    bias = torch.randn(vocab, dtype=dtype) * scale if layer_norm else None
+    return compiled(head, bias, layer_norm)
 
 
 def hidden_states(of, count):
@@ -38,11 +48,12 @@ def hidden_states(of, count):
     return head[:, token].T * sure + torch.randn(count, HIDDEN, dtype=head.dtype) * 2
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab", [16, 250, 512])
-def test_the_token_is_that_of_the_whole_head(vocab, dtype, screened):
+def test_the_token_is_that_of_the_whole_head(vocab, dtype, layer_norm, screened):
     torch.manual_seed(0)
-    of = readout(vocab, dtype)
+    of = readout(vocab, dtype, layer_norm=layer_norm)
     desk = of.with_room(ROWS)
     for states in hidden_states(of, 60 * ROWS).split(ROWS):
         screening.look(states.numpy(), desk)
@@ -50,12 +61,13 @@ def test_the_token_is_that_of_the_whole_head(vocab, dtype, screened):
         assert found == of(states).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("measure", ["margin", "max_prob", "entropy"])
-def test_the_same_tokens_leave_as_with_the_whole_head(measure, dtype, screened):
+def test_the_same_tokens_leave_as_with_the_whole_head(measure, dtype, layer_norm, screened):
     """At thresholds far from a confidence and a little above and below it."""
     torch.manual_seed(1)
-    of, off = readout(500, dtype, scale=1.0), []
+    of, off = readout(500, dtype, scale=1.0, layer_norm=layer_norm), []
     little = 1e-3 if dtype == torch.float32 else 1e-9
     desk, index = of.with_room(ROWS), screen.MEASURES.index(measure)
     for states in hidden_states(of, 40 * ROWS).split(ROWS):
@@ -89,7 +101,7 @@ def test_no_logit_is_off_by_more_than_it_is_doubted(screened):
 def test_of_equal_logits_the_first_counts(screened):
     head = torch.zeros(HIDDEN, 48)
     head[:, [7, 20, 40]] = torch.randn(HIDDEN, 1)
-    of = CompiledReadout(FusedReadout(head, head.new_tensor(0.01)), head.new_ones(len(head)))
+    of = compiled(head)
     desk = of.with_room(1)
     screening.look(head[:, 7][None].numpy(), desk)
     assert screening.token_of(0, desk) == 7
@@ -116,8 +128,7 @@ def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
     monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
     assert readout(64).with_room(1)[6][0].size
     head = torch.randn(HIDDEN, 64)
-    rounded = FusedReadout(Int8Matrix.of(head), head.new_tensor(0.01))
-    rounded = CompiledReadout(rounded, head.new_ones(len(head)))
+    rounded = compiled(Int8Matrix.of(head))
     assert not rounded.with_room(1)[6][0].size
 
 

@@ -23,7 +23,6 @@ from .fused import FusedModel, FusedReadout, FusedSegment
 from .fusing import WIDE, fuse_readout, narrow_readout, wide
 from .graphs import GraphReadout, SummedConfidences
 from .int8 import quantised_readout
-from .layer_parts import gain
 from .machine_code import compiling
 from .narrow import BITS
 from .prepared import Prepared, Watched, addresses
@@ -158,9 +157,17 @@ class Backend:
             return decoder.embed
         if plain is None:
             return lambda *args: wide(decoder.embed(*args))
-        module, factor = plain
-        # Multiplied in float32, as everything that follows.
-        return lambda ids, _: wide(F.embedding(ids, module.weight)) * factor
+        table, factor, positions = plain
+
+        # Multiplied and added in float32, as everything that follows.
+        def embed(ids: Tensor, starts: Sequence[int]) -> Tensor:
+            found = wide(F.embedding(ids, table)) * factor
+            if positions is None:
+                return found
+            at = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+            return found + wide(F.embedding(at, positions))
+
+        return embed
 
     def normed(self) -> Callable[[Tensor, int], Tensor]:
         """(hidden states, exit layer) -> what the LM head sees there, for the latest segments."""
@@ -208,7 +215,7 @@ class Backend:
         parts = self.decoder.plain_readout
         if self.name == "module" or parts is None or any(map(hooked, parts[:2])):
             return None
-        weights = [getattr(module, "weight", None) for module in parts[:2]]
+        weights = [w for module in parts[:2] for w in module.parameters()]
         if any(type(w) is not nn.Parameter for w in weights):
             return None
         if self.name in ON_SLABS:
@@ -268,14 +275,14 @@ class Backend:
             return graphs.readout(self._prepared.graphs, norm, head) if factor == 1 else None
         if self.widens and head.weight.dtype in BITS:
             made = narrow_readout(norm, head, factor)
-            return CompiledReadout(made, gain(wide(norm))) if made else None
+            return CompiledReadout(made, wide(norm)) if made else None
         to_round = self.weights == "int8"
         made = fuse_readout(norm, head, factor, to_round)
         if made is not None and to_round:
             made = quantised_readout(made)
         if made is None or not self.name.startswith("compiled"):
             return made
-        return CompiledReadout(made, gain(wide(norm)))
+        return CompiledReadout(made, wide(norm))
 
     def _choose(self) -> tuple[str, str]:
         """The back end to use, and why those before it cannot run the model as it is now."""

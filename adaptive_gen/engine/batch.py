@@ -35,13 +35,14 @@ class BatchStretch(Stretch):
     ) -> list[list[Step]]:
         """See `Stretch.run`; of some texts there may be nothing new."""
         scheduler, rows = self._scheduler, self._scheduler.rows
-        count = self._choosing.most(min(*most, self._pace.tokens))
         chosen = np.array([len(row.unjudged) for row in rows])
+        lengths = self._lengths()
+        most = self._placeable(most, lengths[0] - chosen)
+        count = self._choosing.most(min(*most, self._pace.tokens))
         width = max(count, self._choosing.most(count, self._surplus), 1 + int(chosen.max()))
         stages = np.array([row.stage for row in rows])
         # Of what is next to stand; a row's newest token may be on its way already.
         starts = np.array([row.position for row in rows]) + (stages < 0) - chosen
-        lengths = self._lengths()
         limits = np.minimum(most, width)
         memory, turns, buffers = self._room_until(int((lengths[0] + limits - chosen).max()))
         shallow, tallies = np.array([scheduler.shallow]), np.zeros(3, np.int64)

@@ -15,6 +15,7 @@ from .fused import FusedReadout, Matrix
 from .int8 import COLUMNS, Int8Matrix
 from .machine_code import kernel
 from .narrow import NarrowMatrix
+from .norms import gain, shift
 from .panelled import PANEL, gain_of, in_panels, padding
 from .team import helpers
 
@@ -25,19 +26,21 @@ SCREENED_BYTES = 1 << 16
 class CompiledReadout:
     """The final norm and the LM head, for few rows compiled."""
 
-    def __init__(self, fused: FusedReadout, norm_gain: Tensor):
+    def __init__(self, fused: FusedReadout, norm: Any):
         """Take the prepared weights over.
 
         Args:
             fused: has them.
-            norm_gain: of the final norm, [hidden], see `layer_parts.gain`; it is in the head too.
+            norm: the final one, whose gain and shift are in the head too.
         """
-        self.norm_gain = norm_gain
-        self._long, self.floor = fused, float(fused.floor)
+        self.norm_gain, self.norm_shift = gain(norm), shift(norm)
+        self._long, self._norming = fused, (float(fused.floor), fused.centred)
         self.panels, self.scale = in_panels(fused.head, fused.floor)
-        head, gain = fused.head, gain_of(fused.head)
+        head, factor = fused.head, gain_of(fused.head)
         self.vocab = head.shape[1] if isinstance(head, Tensor) else len(head.scale)
-        self._gain = fused.floor.new_zeros(0).numpy() if gain is None else gain.numpy()
+        bias = fused.floor.new_zeros(0) if fused.bias is None else fused.bias
+        self._bias = F.pad(bias, (0, padding(len(bias)))).numpy()
+        self._gain = fused.floor.new_zeros(0).numpy() if factor is None else factor.numpy()
         self._screen = _screen(head, fused.floor)
 
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
@@ -51,8 +54,8 @@ class CompiledReadout:
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
-        head = self._gain, self.panels, self.scale
-        reading.read_out(x, self.floor, *head, normed, logits.numpy(), self._team())
+        head = self._norming, self._gain, self.panels, self.scale, self._bias
+        reading.read_out(x, *head, normed, logits.numpy(), self._team())
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
     def _team(self) -> Any:
@@ -65,8 +68,8 @@ class CompiledReadout:
         gained = np.zeros_like(normed) if len(self._gain) else normed
         logits = np.zeros((rows, panels * PANEL), dtype)
         screen = *self._screen, np.zeros(panels, np.bool_)
-        head = self.panels, self.scale, self.floor, normed, logits, self.vocab, screen
-        return *head, self._team(), self._gain, gained
+        head = self.panels, self.scale, self._norming, normed, logits, self.vocab, screen
+        return *head, self._team(), self._gain, gained, self._bias
 
 
 def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ class Desk:
         mixed = sizes.heads * sizes.head_dim
         self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
         self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
-        wide = 2 * sizes.intermediate
+        wide = sizes.wide
         self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
         whole = sizes.hidden + padding(sizes.hidden)
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide), whole

@@ -1,10 +1,11 @@
-"""The back end `fused`: layers of Llama's kind as few, plain tensor operations on the CPU.
+"""The back end `fused`: decoder layers as few, plain tensor operations on the CPU.
 
 On small models most of a decoding step is spent between the operations: module calls, norms in six
 steps, rotary embeddings that concatenate. Here a layer is four matrix products and eleven cheap
 operations over weights prepared once: q, k and v side by side, gate and up side by side, norm gains
 and the attention scale folded in. Gemma, OLMo 2 and others norm what attention and the MLP give,
-besides what they are given or instead. `fusing` prepares them, `workspace` has the buffers.
+besides what they are given or instead; GPT-2, GPT-NeoX, Phi and others have LayerNorm and no gates,
+and some give the MLP what attention is given. `fusing` prepares them, `workspace` has the buffers.
 
 Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`; matrix products
 see rows and time as one axis.
@@ -39,8 +40,10 @@ class Layer:
     qk_gain: Tensor | None  # [heads + kv_heads, head_dim], where queries and keys are normed
     out: Matrix
     out_bias: Tensor | None
-    gate_up: Matrix  # [hidden, 2 * intermediate]
+    gate_up: Matrix  # [hidden, 2 * intermediate], or [hidden, intermediate] without a gate
+    gate_up_bias: Tensor | None
     down: Matrix
+    down_bias: Tensor | None
     mixed_gain: Tensor | None = None  # [hidden], where what attention gives is normed
     output_gain: Tensor | None = None  # likewise of the MLP
 
@@ -51,10 +54,12 @@ class Traits:
 
     normed_first: bool  # whether attention and the MLP are given normed hidden states
     whole_heads: bool  # whether queries, and keys, are normed all heads together
-    activation: str  # of the gate, see `layer_parts`
+    parallel: bool  # whether the MLP is given what attention is, and not what that made of it
+    activation: str  # see `layer_parts`
     eps: tuple[float, ...]  # of the norms of hidden states, and of those of queries and keys
     normed_after: tuple[bool, bool]  # whether what attention, and the MLP, give is normed
-    biased: tuple[bool, ...]  # queries, keys, values, and what attention gives
+    # Queries, keys, values, what attention gives, gate, up, down, and the norms before both.
+    biased: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class FusedModel:
     """Prepared copies of a decoder's layers.
 
     A root-mean-square norm is `x / sqrt(|x|^2 + size * eps)` times the square root of the size,
-    which goes with the gain. Queries and keys have the two coordinates that a
+    which goes with the gain. LayerNorm is the same of what x is off its mean; what it adds in the
+    end goes with the biases. Queries and keys have the two coordinates that a
     rotary embedding turns together side by side, as one complex number.
     """
 
@@ -105,27 +111,31 @@ class FusedSegment:
         room = self._room(hidden, span)
         if hidden is not room.hidden:  # what the segment before this one gave stands there
             room.hidden.copy_(hidden)
-        x, activate = room.x, ACTIVATIONS[model.traits.activation]
+        x, parallel = room.x, model.traits.parallel
+        activate = ACTIVATIONS[model.traits.activation]
         attend = Attention(room, positions, cache, span, self.start, self.stop)
         for index in range(self.start, self.stop):
             layer = model.layers[index]
-            product(self._given(room), layer.qkv, layer.qkv_bias, room.qkv)
+            given = self._given(room)
+            product(given, layer.qkv, layer.qkv_bias, room.qkv)
+            if parallel:
+                product(given, layer.gate_up, layer.gate_up_bias, room.gate_up)
             if layer.qk_gain is not None:
                 room.norm_heads(layer.qk_gain, model.qk_floors, model.traits.whole_heads)
             room.turn(model.turns.of_layer[index])
             if layer.mixed_gain is None:
-                add_product(x, attend(index), layer.out)
-                if layer.out_bias is not None:
-                    x += layer.out_bias
+                add_product(x, attend(index), layer.out, layer.out_bias)
             else:
                 mixed = product(attend(index), layer.out, layer.out_bias)
-                x += normed(mixed, room.floor) * layer.mixed_gain
-            product(self._given(room), layer.gate_up, out=room.gate_up)
-            inner = activate(room.gate).mul_(room.up)
+                x += normed(mixed, room.floor, model.sizes.centred) * layer.mixed_gain
+            if not parallel:
+                product(self._given(room), layer.gate_up, layer.gate_up_bias, room.gate_up)
+            inner = room.activated(activate)
             if layer.output_gain is None:
-                add_product(x, inner, layer.down)
+                add_product(x, inner, layer.down, layer.down_bias)
             else:
-                x += normed(product(inner, layer.down), room.floor) * layer.output_gain
+                made = product(inner, layer.down, layer.down_bias)
+                x += normed(made, room.floor, model.sizes.centred) * layer.output_gain
         return room.hidden
 
     def _given(self, room: Room) -> Tensor:
@@ -176,14 +186,18 @@ class FusedReadout:
 
     head: Matrix  # [hidden, vocab]
     floor: Tensor  # what the norm divides by at least, a scalar
+    bias: Tensor | None = None  # of the logits, [vocab]
+    centred: bool = False  # whether the norm takes off the mean
 
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        return product(normed(hidden, self.floor), self.head)
+        return product(normed(hidden, self.floor, self.centred), self.head, self.bias)
 
 
-def normed(hidden: Tensor, floor: Tensor) -> Tensor:
+def normed(hidden: Tensor, floor: Tensor, centred: bool) -> Tensor:
     """Hidden states [rows, hidden] divided by their length or more; see `FusedModel`."""
+    if centred:
+        hidden = hidden - hidden.mean(-1, keepdim=True)
     return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(floor)
 
 
@@ -200,9 +214,11 @@ def product(
     return torch.addmm(bias, x, matrix, out=out)
 
 
-def add_product(total: Tensor, x: Tensor, matrix: Matrix) -> None:
-    """Add `x @ matrix` to `total`, in place."""
+def add_product(total: Tensor, x: Tensor, matrix: Matrix, bias: Tensor | None) -> None:
+    """Add `x @ matrix + bias` to `total`, in place."""
     if isinstance(matrix, Tensor):
         total.addmm_(x, matrix)
     else:
         total += matrix(x)
+    if bias is not None:
+        total += bias

@@ -6,7 +6,7 @@ end, not by its name.
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,9 @@ from ..decoder import Decoder
 from .cache import KVCache, side_by_side
 from .fused import FusedModel, FusedReadout, FusedSegment, Layer, Matrix, Traits, normed
 from .int8 import Int8Matrix
-from .layer_parts import LayerParts, Unfit, eps_of, floor_of, gain, other_layers
+from .layer_parts import LayerParts, Unfit, other_layers
 from .narrow import BITS, NarrowMatrix
+from .norms import eps_of, floor_of, gain, is_centred, is_norm, shift, shifts
 from .turns import Turns, rotation_of
 from .workspace import Sizes, Workspace
 
@@ -74,7 +75,7 @@ def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
                 raise Unfit("its layers' weights are not all of one dtype")
             layer, own = wide(layer), layer
             parts = LayerParts.of(layer, decoder.config)
-            if _traits(parts) != model.traits:
+            if (_sizes(parts), _traits(parts)) != (model.sizes, model.traits):
                 raise Unfit("its layers differ in kind")
             model.layers.append(_layer(parts, model.turns.paired, order))
             reference = decoder if layer is own else decoder.with_layer(index, layer)
@@ -90,23 +91,28 @@ def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
 
 def _empty(decoder: Decoder, layers: list[Any]) -> FusedModel:
     """What is known of a decoder before its layers are prepared."""
-    first = LayerParts.of(layers[0], decoder.config)
-    sizes = Sizes(
-        hidden=first.query.shape[1],
-        heads=first.query.shape[0] // first.head_dim,
-        kv_heads=first.key.shape[0] // first.head_dim,
-        head_dim=first.head_dim,
-        intermediate=first.up.shape[0],
-        floor=floor_of(first.norms[0]),
-    )
+    first = LayerParts.of(wide(layers[0]), decoder.config)
     rotations = [rotation_of(decoder, index) for index in range(decoder.n_layers)]
     return FusedModel(
         decoder,
         [],
-        sizes,
+        _sizes(first),
         _traits(first),
         Turns(decoder.positions, rotations, first.head_dim),
         wide(first.query[:0]).new_tensor([floor_of(first.query_norm), floor_of(first.key_norm)]),
+    )
+
+
+def _sizes(parts: LayerParts) -> Sizes:
+    return Sizes(
+        hidden=parts.query.shape[1],
+        heads=parts.query.shape[0] // parts.head_dim,
+        kv_heads=parts.key.shape[0] // parts.head_dim,
+        head_dim=parts.head_dim,
+        intermediate=parts.up.shape[0],
+        floor=floor_of(parts.norms[0]),
+        gated=parts.gate is not None,
+        centred=is_centred(parts.norms[0]),
     )
 
 
@@ -121,10 +127,14 @@ def _traits(parts: LayerParts) -> Traits:
     return Traits(
         normed_first,
         parts.whole_heads,
+        parts.parallel,
         parts.activation,
         (*eps, *eps_of_heads),
         (parts.mixed_norm is not None, parts.output_norm is not None),
-        tuple(bias is not None for bias in parts.biases),
+        (
+            *(bias is not None for bias in (*parts.biases, *parts.mlp_biases)),
+            *(norm is not None and shifts(norm) for norm in (parts.attention_norm, parts.mlp_norm)),
+        ),
     )
 
 
@@ -139,7 +149,7 @@ def wide(thing: Any) -> Any:
 def fuse_readout(
     norm: Any, head: nn.Linear, factor: float = 1.0, to_round: bool = False
 ) -> FusedReadout | None:
-    """Prepare a root-mean-square norm and the head behind it; None if the norm is another.
+    """Prepare a norm and the head behind it; None if the norm is of another kind.
 
     Args:
         norm: before the head.
@@ -147,37 +157,54 @@ def fuse_readout(
         factor: of the logits.
         to_round: whether it does not matter how the head lies in memory, as it will be rounded.
     """
-    if not _is_root_mean_square(norm):
+    if not is_norm(norm):
         return None
     norm, weight = wide(norm), wide(head.weight)
     order = _as_it_is if to_round else faster_order
     matrix = order((weight * (gain(norm) * factor)).t())
-    readout = FusedReadout(matrix, weight.new_tensor(floor_of(norm)))
+    bias = _bias_of(norm, head, factor)
+    readout = FusedReadout(matrix, weight.new_tensor(floor_of(norm)), bias, is_centred(norm))
     hidden = _hidden(norm)
-    expected = F.linear(norm(hidden), weight) * factor
+    own = None if head.bias is None else wide(head.bias)
+    expected = F.linear(norm(hidden), weight, own) * factor
     return readout if _difference(readout(hidden), expected) is None else None
 
 
 def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedReadout | None:
     """The same for a head in half precision that is read as it is."""
-    if not _is_root_mean_square(norm):
+    if not is_norm(norm):
         return None
     norm, own = wide(norm), head.weight.detach()
-    floor, gains, hidden = (
-        norm.weight.new_tensor(floor_of(norm)),
-        gain(norm),
-        _hidden(norm),
-    )
-    if _difference(normed(hidden, floor) * gains, norm(hidden)) is not None:
+    floor, centred = norm.weight.new_tensor(floor_of(norm)), is_centred(norm)
+    gains, hidden = gain(norm), _hidden(norm)
+    if _difference(normed(hidden, floor, centred) * gains + shift(norm), norm(hidden)) is not None:
         return None
-    gains = gains * factor
-    return FusedReadout(NarrowMatrix(lambda: own, gains, gains.new_ones(len(own))), floor)
+    bias, gains = _bias_of(norm, head, factor), gains * factor
+    matrix = NarrowMatrix(lambda: own, gains, gains.new_ones(len(own)))
+    return FusedReadout(matrix, floor, bias, centred)
 
 
-def _is_root_mean_square(norm: Any) -> bool:
-    """Whether a norm may be one; what it gives is compared besides."""
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return isinstance(eps, float) and isinstance(getattr(norm, "weight", None), Tensor)
+def _bias_of(norm: Any, head: nn.Linear, factor: float) -> Tensor | None:
+    """What a head adds to its logits, and what the norm before it leads to; None if nothing."""
+    bias = _added(head.weight, head.bias, norm)
+    return None if bias is None else bias * factor
+
+
+def _added(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor | None:
+    """The bias of a matrix [out, in], and what a norm before it leads to; None if neither."""
+    bias = None if bias is None else wide(bias.detach())
+    if norm is None or not shifts(norm):
+        return bias
+    moved = wide(weight.detach()) @ shift(norm)
+    return moved if bias is None else moved + bias
+
+
+def _joined(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """The biases of matrices [out, in] side by side; None if there is none."""
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(biases, weights, strict=True)
+    return torch.cat([w.new_zeros(len(w)) if bias is None else bias for bias, w in pairs])
 
 
 def _hidden(norm: Any) -> Tensor:
@@ -206,14 +233,17 @@ def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:
     down = matrix(lambda: parts.down, len(parts.down))
     for added in (out, down):
         added.scale.mul_(parts.multiplier)
-    gate_up = matrix(lambda: torch.cat([parts.gate, parts.up]), 2 * len(parts.up), parts.mlp_norm)
+    wide_parts = [part for part in (parts.gate, parts.up) if part is not None]
+    gate_up = matrix(lambda: torch.cat(wide_parts), len(wide_parts) * len(parts.up), parts.mlp_norm)
     return replace(prepared, qkv=first, out=out, gate_up=gate_up, down=down)
 
 
 def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) -> Layer:
     """Prepare one layer: fold in what can be."""
-    q, k, v = (_with_gain(w, parts.attention_norm) for w in (parts.query, parts.key, parts.value))
+    own = parts.query, parts.key, parts.value
     *biases, out_bias = parts.biases
+    q, k, v = (_with_gain(weight, parts.attention_norm) for weight in own)
+    qb, kb, vb = (_added(*each, parts.attention_norm) for each in zip(own, biases, strict=True))
     qk_gain, head_dim = None, parts.head_dim
     if parts.query_norm is not None:
         gains = [gain(norm) for norm in (parts.query_norm, parts.key_norm)]
@@ -223,27 +253,32 @@ def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) ->
         ]
         qk_gain = _in_pairs(torch.cat([by_head[0] * parts.scaling, by_head[1]]), paired)
     else:
-        q = q * parts.scaling
-        biases[0] = None if biases[0] is None else biases[0] * parts.scaling
-    q, k = (_paired(rows, head_dim, paired) for rows in (q, k))
-    biases[:2] = (None if b is None else _paired(b, head_dim, paired) for b in biases[:2])
-    gate_up = torch.cat([_with_gain(rows, parts.mlp_norm) for rows in (parts.gate, parts.up)])
+        q, qb = q * parts.scaling, _times(qb, parts.scaling)
+    q, k, qb, kb = (None if x is None else _paired(x, head_dim, paired) for x in (q, k, qb, kb))
+    qkv = [q, k, v]
+    *mlp_biases, down_bias = parts.mlp_biases
+    wide_parts = [*zip((parts.gate, parts.up), mlp_biases, strict=True)]
+    mlp = [(weight, bias) for weight, bias in wide_parts if weight is not None]
+    gate_up = [_with_gain(weight, parts.mlp_norm) for weight, _ in mlp]
+    gate_up_biases = [_added(*each, parts.mlp_norm) for each in mlp]
     return Layer(
-        qkv=order(torch.cat([q, k, v]).t()),
-        qkv_bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
+        qkv=order(torch.cat(qkv).t()),
+        qkv_bias=_joined([qb, kb, vb], qkv),
         qk_gain=qk_gain,
         out=order(_times(parts.out, parts.multiplier).t()),
-        out_bias=None if out_bias is None else out_bias * parts.multiplier,
-        gate_up=order(gate_up.t()),
+        out_bias=_times(out_bias, parts.multiplier),
+        gate_up=order(torch.cat(gate_up).t()),
+        gate_up_bias=_joined(gate_up_biases, gate_up),
         down=order(_times(parts.down, parts.multiplier).t()),
+        down_bias=_times(down_bias, parts.multiplier),
         mixed_gain=None if parts.mixed_norm is None else gain(parts.mixed_norm),
         output_gain=None if parts.output_norm is None else gain(parts.output_norm),
     )
 
 
-def _times(weight: Tensor, factor: float) -> Tensor:
-    """A weight times a factor; the weight itself, not a copy, if that changes nothing."""
-    return weight if factor == 1.0 else weight * factor
+def _times(weight: Any, factor: float) -> Any:
+    """A weight times a factor, if there is one; not a copy if that changes nothing."""
+    return weight if weight is None or factor == 1.0 else weight * factor
 
 
 def _with_gain(weight: Tensor, norm: Any) -> Tensor:
@@ -305,6 +340,9 @@ def _compared(
         if difference is not None:
             raise Unfit(f"its layers compute something else (they differ by {difference:.2g})")
         found.append(theirs)
+    shapes = [cache.keys_values(index)[0].shape for cache in caches]
+    if shapes[0] != shapes[1]:  # back ends take turns on one cache
+        raise Unfit("its layers cache keys and values of other heads than they project")
     return found
 
 

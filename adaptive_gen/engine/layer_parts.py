@@ -1,4 +1,4 @@
-"""The parts of a gated decoder layer, whatever a family calls them and wherever it puts its norms.
+"""The parts of a decoder layer, whatever a family calls them and wherever it puts its norms.
 
 What a family does besides shows when a prepared layer is compared with the module, on a few tokens:
 only what those cannot show is looked for here.
@@ -6,8 +6,7 @@ only what those cannot show is looked for here.
 Axes: `out`, `in`.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-# What the gate goes through, by the name that a model's traits have it under.
-SILU, GELU = "silu", "gelu_tanh"
+# What the gate, or all of the MLP, goes through, by the names of `kernels.layers`.
+SILU, GELU_TANH, GELU, RELU, RELU2 = "silu", "gelu_tanh", "gelu", "relu", "relu2"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     SILU: F.silu,
-    GELU: partial(F.gelu, approximate="tanh"),
+    GELU_TANH: partial(F.gelu, approximate="tanh"),
+    GELU: F.gelu,
+    RELU: F.relu,
+    RELU2: lambda x: F.relu(x).square(),
 }
+# What parts are called: by Llama and others of its time first, then by GPT-2, GPT-NeoX, OPT, Phi,
+# StarCoder 2 and Falcon.
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_QKV = ("qkv_proj", "c_attn", "query_key_value")
+_OUT = ("o_proj", "c_proj", "dense", "out_proj")
+_UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
+_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
+_ACTIVATION = ("act_fn", "activation_fn", "act")
+_FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn")
+_SECOND_NORM = ("post_attention_layernorm", "ln_2", "final_layer_norm", "ln_mlp")
+_BY_GROUP = "query_key_value"  # has a key head's queries, its key and its value together
 # Settings that change numbers larger, or positions later, than those that are compared.
 _HIDDEN = ("attn_logit_softcapping", "clip_qkv", "llama_4_scaling_beta")
 
@@ -51,14 +65,16 @@ class LayerParts:
     key: Tensor
     value: Tensor
     out: Tensor
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     biases: tuple[Tensor | None, ...]  # of queries, keys, values, and of what attention gives
+    mlp_biases: tuple[Tensor | None, ...]  # of gate, up and down
     attention_norm: Any  # of what attention is given
     mlp_norm: Any
     mixed_norm: Any  # of what attention gives, before it is added
     output_norm: Any  # of what the MLP gives
+    parallel: bool  # whether the MLP is given what attention is, and not what that made of it
     query_norm: Any
     key_norm: Any
     head_dim: int
@@ -78,19 +94,14 @@ class LayerParts:
         for name in _HIDDEN:
             if getattr(config, name, None) is not None or rope.get(name) is not None:
                 raise Unfit(f"its {name} is not computed here")
-        attention, mlp = layer.self_attn, layer.mlp
-        head_dim = attention.head_dim
+        attention, mlp = _part(layer, _ATTENTION), getattr(layer, "mlp", layer)
+        head_dim = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
         query, key, value, *biases = _projections(attention, head_dim, config)
-        (out, out_bias), (down, down_bias) = _linear(attention.o_proj), _linear(mlp.down_proj)
-        if hasattr(mlp, "gate_up_proj"):
-            weight, bias = _linear(mlp.gate_up_proj)
-            gate, up = weight.chunk(2)
-            mlp_biases = bias, down_bias
-        else:
-            (gate, gate_bias), (up, up_bias) = _linear(mlp.gate_proj), _linear(mlp.up_proj)
-            mlp_biases = gate_bias, up_bias, down_bias
-        if any(bias is not None for bias in mlp_biases):
-            raise Unfit("its MLP has biases")
+        (out, out_bias), (down, down_bias) = (
+            _linear(_part(attention, _OUT)),
+            _linear(_part(mlp, _DOWN)),
+        )
+        gate, up, *mlp_biases = _gate_and_up(mlp)
         return cls(
             query,
             key,
@@ -100,13 +111,14 @@ class LayerParts:
             up,
             down,
             (*biases, out_bias),
+            (*mlp_biases, down_bias),
             *_norms(layer),
             getattr(attention, "q_norm", None),
             getattr(attention, "k_norm", None),
             head_dim,
-            attention.scaling,
+            getattr(attention, "scaling", head_dim**-0.5),
             float(getattr(layer, "residual_multiplier", 1.0)),
-            _activation(mlp),
+            _activation(_part(mlp, _ACTIVATION)),
         )
 
     @property
@@ -121,37 +133,77 @@ class LayerParts:
         return self.query_norm is not None and self.query_norm.weight.numel() > self.head_dim
 
 
+def _part(module: Any, names: Sequence[str]) -> Any:
+    """The part that a module has under the first of these names; `AttributeError` if under none."""
+    found = _part_or_none(module, names)
+    if found is None:
+        raise AttributeError(f"no {names[0]}")
+    return found
+
+
+def _part_or_none(module: Any, names: Sequence[str]) -> Any:
+    return next((part for name in names if (part := getattr(module, name, None)) is not None), None)
+
+
 def _projections(attention: Any, head_dim: int, config: Any) -> tuple[Any, ...]:
     """Weights of queries, keys and values, and their biases."""
-    if not hasattr(attention, "qkv_proj"):
+    together = _part_or_none(attention, _QKV)
+    if together is None:
         found = [_linear(getattr(attention, f"{name}_proj")) for name in "qkv"]
         weights, biases = zip(*found, strict=True)
         return *weights, *biases
-    weight, bias = _linear(attention.qkv_proj)
-    heads = config.num_attention_heads, *[config.num_key_value_heads] * 2
-    sizes = [count * head_dim for count in heads]
-    return *weight.split(sizes), *((None,) * 3 if bias is None else bias.split(sizes))
+    weight, bias = _linear(together)
+    heads = config.num_attention_heads
+    kv_heads = (len(weight) // head_dim - heads) // 2
+    by_group = hasattr(attention, _BY_GROUP)
+
+    def parts(rows: Tensor) -> list[Tensor]:
+        if not by_group:
+            return [*rows.split([count * head_dim for count in (heads, kv_heads, kv_heads)])]
+        groups = rows.unflatten(0, (kv_heads, -1, head_dim))
+        return [
+            groups[:, chosen].flatten(0, 2)
+            for chosen in (slice(-2), slice(-2, -1), slice(-1, None))
+        ]
+
+    return *parts(weight), *((None,) * 3 if bias is None else parts(bias))
+
+
+def _gate_and_up(mlp: Any) -> tuple[Any, ...]:
+    """Weights of the gate, if there is one, and of what it lets through, and their biases."""
+    if hasattr(mlp, "gate_up_proj"):
+        weight, bias = _linear(mlp.gate_up_proj)
+        return *weight.chunk(2), *((None, None) if bias is None else bias.chunk(2))
+    up, up_bias = _linear(_part(mlp, _UP))
+    gate, gate_bias = _linear(mlp.gate_proj) if hasattr(mlp, "gate_proj") else (None, None)
+    return gate, up, gate_bias, up_bias
 
 
 def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
-    if type(module) is not nn.Linear:
-        kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+    """Weights [out, in] and bias."""
+    if type(module) is Conv1D:
+        return module.weight.t(), module.bias
+    name = type(module).__name__
+    if type(module) is not nn.Linear and name != "FalconLinear":
+        kind = f"{type(module).__module__.split('.')[0]}'s {name}"
         raise Unfit(f"it has {kind} in place of a linear layer")
     return module.weight, module.bias
 
 
-def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
-    """The norms before attention and the MLP, and those of what they give."""
-    first, after = getattr(layer, "input_layernorm", None), layer.post_attention_layernorm
+def _norms(layer: Any) -> tuple[Any, Any, Any, Any, bool]:
+    """The norms before attention and the MLP, those of what they give, and if they are parallel."""
+    first, after = _part_or_none(layer, _FIRST_NORM), _part_or_none(layer, _SECOND_NORM)
     last = getattr(layer, "post_feedforward_layernorm", None)
     if last is not None:  # Gemma 2 and 3, which have all four; OLMo 2 and 3 and EXAONE 4
-        return first, getattr(layer, "pre_feedforward_layernorm", None), after, last
+        return first, getattr(layer, "pre_feedforward_layernorm", None), after, last, False
+    if after is None:  # Phi, Cohere, some of Falcon
+        return first, first, None, None, True
+    parallel = getattr(layer, "use_parallel_residual", hasattr(layer, "ln_mlp"))
     mixed = getattr(layer, "post_self_attn_layernorm", None)  # GLM 4
-    return first, after, mixed, getattr(layer, "post_mlp_layernorm", None)
+    return first, after, mixed, getattr(layer, "post_mlp_layernorm", None), bool(parallel)
 
 
-def _activation(mlp: Any) -> str:
-    own = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+def _activation(own: Any) -> str:
     points = torch.linspace(-6, 6, 97)
     try:
         own(points)
@@ -160,25 +212,6 @@ def _activation(mlp: Any) -> str:
     for name, function in ACTIVATIONS.items():
         if torch.allclose(own(points), function(points), rtol=0, atol=1e-6):
             return name
-    raise Unfit(f"its gate goes through {type(own).__name__}, not SiLU or GELU's approximation")
-
-
-def eps_of(norm: Any) -> float:
-    """What a root-mean-square norm adds to the mean of the squares."""
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-
-
-def floor_of(norm: Any) -> float:
-    """The least that a norm of this size divides by; see `FusedModel`."""
-    return 0.0 if norm is None else math.sqrt(norm.weight.numel() * eps_of(norm))
-
-
-def gain(norm: Any) -> Tensor:
-    """A norm's gain with the factor that dividing by the length leaves out; see `FusedModel`.
-
-    Gemma's norms have weights that 1 is added to, which is seen from what they do to ones.
-    """
-    weight = norm.weight.detach()
-    given = norm(torch.ones_like(weight)).detach()
-    gains = min(weight, 1 + weight, key=lambda g: float((given - g).abs().sum()))
-    return gains * math.sqrt(weight.numel())
+    raise Unfit(
+        f"its MLP goes through {type(own).__name__}, which is none of {', '.join(ACTIVATIONS)}"
+    )

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from .fused import FusedModel, Matrix
 from .int8 import MATRICES, Int8Matrix
-from .layer_parts import GELU
 from .machine_code import kernel
 from .narrow import NarrowMatrix, bits
 from .positions import SLIDING
@@ -50,7 +49,8 @@ class CompiledModel:
     fused: FusedModel
     weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
     scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
-    biases: tuple[Any, ...]  # of qkv and out, and gains; see `kernels.layers`
+    biases: tuple[Any, ...]  # likewise; see `kernels.layers`
+    gains: tuple[Any, ...]
     floors: Any
     windows: Any
     rotations: Any
@@ -63,6 +63,7 @@ class CompiledModel:
             self.weights,
             self.scales,
             self.biases,
+            self.gains,
             self.floors,
             self.windows,
             self.rotations,
@@ -75,27 +76,34 @@ class CompiledModel:
         positions, layers = model.decoder.positions, model.layers
         like, window, traits = model.qk_floors, positions.window or 0, model.traits
         weights, scales = _in_order([[getattr(x, name) for name in MATRICES] for x in layers], like)
-        biases = [
-            _stacked([getattr(layer, name) for layer in layers], axes, like)
-            for name, axes in (("qkv_bias", 1), ("out_bias", 1), ("qk_gain", 2))
-        ]
-        biases += [
-            _stacked([gain_of(getattr(layer, name)) for layer in layers], 1, like)
-            for name in ("qkv", "gate_up")
-        ]
-        biases += [
-            _stacked([getattr(layer, name) for layer in layers], 1, like)
-            for name in ("mixed_gain", "output_gain")
-        ]
+
+        def of_layers(name: str, axes: int = 1) -> Any:
+            return _stacked([getattr(layer, name) for layer in layers], axes, like)
+
+        def not_folded(name: str) -> Any:
+            return _stacked([gain_of(getattr(layer, name)) for layer in layers], 1, like)
+
+        before = not_folded("qkv"), not_folded("gate_up")
+        after = of_layers("mixed_gain"), of_layers("output_gain")
         return cls(
             model,
             weights,
             scales,
-            tuple(biases),
+            tuple(of_layers(f"{name}_bias") for name in MATRICES),
+            (of_layers("qk_gain", axes=2), *before, *after),
             torch.cat([like.new_tensor([model.sizes.floor]), model.qk_floors]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
             np.array(model.turns.of_layer),
-            np.array([traits.normed_first, traits.whole_heads, traits.activation == GELU]),
+            np.array(
+                [
+                    traits.normed_first,
+                    model.sizes.centred,
+                    traits.whole_heads,
+                    traits.parallel,
+                    model.sizes.gated,
+                    kernel("layers").ACTIVATIONS.index(traits.activation),
+                ]
+            ),
         )
 
 

@@ -80,12 +80,15 @@ class Stretch:
         self._places = np.zeros((rows * self._room, 2), np.int64)
         plain = scheduler.decoder.plain_embedding
         assert plain is not None
-        table, factor = bits(plain[0].weight.detach()).numpy(), like.new_tensor([plain[1]]).numpy()
+        positions = plain.table.new_zeros(0, 0) if plain.positions is None else plain.positions
+        tables = (bits(each.detach()).numpy() for each in (plain.table, positions))
+        table, self._positions = tables
+        factor = like.new_tensor([plain.factor]).numpy()
         if audited:
             self._rows_read = max(self._rows_read, _AT_ONCE)
         head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
-        self._model = (table, factor), model.layers, head, self._gate(), bounds
+        self._model = (table, factor, self._positions), model.layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
@@ -105,8 +108,9 @@ class Stretch:
         if gate is not None:
             for i, segment in enumerate(scheduler.segments[:-1]):
                 if segment.stop in gate.weights:
-                    weights[i] = (gate.weights[segment.stop] * readout.norm_gain).numpy()
-                    biases[i] = float(gate.biases[segment.stop])
+                    weight, bias = gate.weights[segment.stop], gate.biases[segment.stop]
+                    weights[i] = (weight * readout.norm_gain).numpy()
+                    biases[i] = float(bias + weight @ readout.norm_shift)
         return weights, biases
 
     @makes_lasting
@@ -128,9 +132,10 @@ class Stretch:
             ModelError: nothing can be drawn from the model's logits.
         """
         scheduler, (row,) = self._scheduler, self._scheduler.rows
+        lengths = self._lengths()[:, 0].copy()
+        most = self._placeable(most, lengths[:1])
         count = self._choosing.most(min(*most, self._pace.tokens))
         room = min(*most, max(count, self._choosing.most(count, self._surplus)))
-        lengths = self._lengths()[:, 0].copy()
         memory, turns, buffers = self._room_until(int(lengths[0]) + room)
         waiting, tallies = self._in_front()[:, 0].copy(), np.zeros(3, np.int64)
         first = row.position + 1
@@ -161,6 +166,25 @@ class Stretch:
         counts = totals.tolist()
         totals[:] = 0
         return {stop: (same, of) for stop, (same, of) in zip(stops, counts, strict=True) if of}
+
+    def _placeable(self, most: list[int], held: Any) -> list[int]:
+        """How many tokens of each text to decode, `most` or what there are learned positions for.
+
+        Args:
+            most: see `run`.
+            held: tokens of each text that were run, less those that are not judged yet, [rows].
+
+        Raises:
+            IndexError: there is none left, as the model's own embedding says.
+        """
+        if not len(self._positions):
+            return most
+        left = len(self._positions) - held
+        for count, more, position in zip(most, left.tolist(), held.tolist(), strict=True):
+            if count > 0 >= more:
+                token = torch.zeros(1, 1, dtype=torch.int64)
+                self._scheduler.decoder.embed(token, [position])
+        return np.minimum(most, np.maximum(left, 0)).tolist()
 
     def _lengths(self) -> Any:
         """Tokens of each row that each segment's layers hold, [segments, rows]."""

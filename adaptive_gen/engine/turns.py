@@ -91,9 +91,14 @@ class Turns:
 
 
 def as_complex(cos: Tensor, sin: Tensor) -> Tensor:
-    """What `cos` and `sin` [..., width], of each pair in their first half, do to pairs."""
+    """What `cos` and `sin` [..., width], which have each pair's twice, do to pairs.
+
+    Most families have those of all pairs twice in a row, Cohere has each twice in a row.
+    """
     half = cos.shape[-1] // 2
-    return torch.complex(cos[..., :half], sin[..., :half])
+    beside = all(torch.equal(part[..., ::2], part[..., 1::2]) for part in (cos, sin))
+    pairs = slice(0, None, 2) if beside else slice(half)
+    return torch.complex(cos[..., pairs], sin[..., pairs])
 
 
 @torch.no_grad()
@@ -104,6 +109,8 @@ def rotation_of(decoder: Decoder, index: int) -> str | None:
         Unfit: it does something else with their positions.
     """
     positions, keys, turns = decoder.positions, [], []
+    if not positions.width:
+        return None
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, decoder.config.hidden_size, generator=generator).to(decoder.dtype)
     for at in (0, *_POSITIONS):

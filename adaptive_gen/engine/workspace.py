@@ -6,6 +6,7 @@ with the buffers they look into, and every layer and every later token uses them
 Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,13 @@ class Sizes:
     head_dim: int
     intermediate: int
     floor: float  # the least that a norm divides by: sqrt(hidden * eps)
+    gated: bool = True  # whether the MLP has a gate, which is as wide again
+    centred: bool = False  # whether norms take off the mean
+
+    @property
+    def wide(self) -> int:
+        """How many numbers the MLP makes of a hidden state at first."""
+        return 2 * self.intermediate if self.gated else self.intermediate
 
 
 class Room:
@@ -44,6 +52,7 @@ class Room:
         self.hidden = self._rows.view(rows, time, -1)[..., : sizes.hidden]
         self._length = like.new_empty(rows * time, 1)
         self._normed = like.new_empty(rows * time, sizes.hidden)
+        self._centred = self._rows.clone() if sizes.centred else None
 
         self.qkv = like.new_empty(rows * time, every * head_dim)
         by_head = self.qkv.view(rows, time, every, head_dim)
@@ -69,14 +78,23 @@ class Room:
         self._joined = self.mixed.view(rows, -1) if time == 1 else None
         self.later = torch.ones(time, time, dtype=torch.bool, device=like.device).triu_(1)
 
-        gate_up = like.new_empty(rows * time, 2 * sizes.intermediate)
-        self.gate_up = gate_up
-        self.gate, self.up = gate_up.chunk(2, dim=-1)
+        self.gate_up = like.new_empty(rows * time, sizes.wide)
+        self._inner = self.gate_up.chunk(2, dim=-1) if sizes.gated else (self.gate_up,)
 
     def normed(self) -> Tensor:
-        """The hidden states through a root-mean-square norm without its factor."""
-        torch.linalg.vector_norm(self._rows, dim=-1, keepdim=True, out=self._length)
-        return torch.div(self.x, self._length, out=self._normed)
+        """The hidden states through a norm without its factor."""
+        rows, x = self._rows, self.x
+        if self._centred is not None:
+            rows, x = self._centred, self._centred[:, : x.shape[1]]
+            torch.sub(self.x, self.x.mean(-1, keepdim=True), out=x)
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=self._length)
+        return torch.div(x, self._length, out=self._normed)
+
+    def activated(self, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the MLP makes of `gate_up`, [rows * time, intermediate]."""
+        first, *up = self._inner
+        inner = activate(first)
+        return inner.mul_(up[0]) if up else inner
 
     def norm_heads(self, gain: Tensor, floors: Tensor, whole: bool) -> None:
         """Norm queries and keys, head by head or as a whole; see `FusedModel`."""

@@ -290,12 +290,12 @@ def _empty_full(s: int, caps: Any, model: Any, desk: Any, state: Any) -> None:
 @inner
 def feed(newest: Any, model: Any, state: Any, results: Any) -> None:
     """Put the last token of texts whose token has left in front of the first segment."""
-    _, waiting, counts, _, stages, _, _ = state
+    _, waiting, counts, lengths, stages, _, _ = state
     tokens, _, _, chosen = results
     for r in range(len(stages)):
         if stages[r] == -1:
             token = tokens[r, chosen[r] - 1] if chosen[r] else newest[r]
-            embed(model[0], token, waiting[0, r, 0])
+            embed(model[0], token, lengths[0, r], waiting[0, r, 0])
             counts[0, r], stages[r] = 1, 0
 
 

@@ -44,9 +44,9 @@ LAYERS_RUN, DEEP_PASSES, CAUGHT_UP = range(3)  # of the tallies, as `Scheduler` 
 
 
 @inner
-def gate_of(x: Any, floor: Any, weight: Any, bias: Any, normed: Any) -> float:
+def gate_of(x: Any, norming: Any, weight: Any, bias: Any, normed: Any) -> float:
     """A probe's confidence in the first hidden state of x [1, hidden in whole panels]."""
-    norm(x, floor, normed, 1)
+    norm(x, norming, normed, 1)
     total = weight.dtype.type(0)
     for n in range(weight.shape[0]):
         total += normed[0, n] * weight[n]
@@ -182,7 +182,7 @@ def descend(
     counts, (tokens, exits, confidences) = state[2], results
     asked, _, _, worth, records = asking
     last = len(counts) - 1
-    embed(model[0], token, x[0])
+    embed(model[0], token, state[3][0], x[0])
     block = 1
     for s in range(last):
         if propagate and block > 1:
@@ -209,19 +209,25 @@ def descend(
 
 
 @inner
-def embed(embedding: Any, token: int, x: Any) -> None:
+def embed(embedding: Any, token: int, at: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
     Args:
         embedding: a table [vocab, hidden], of x's dtype, or one of `half`'s two for x in float32;
-            and a factor of it, [1].
+            a factor of it, [1]; and what is added at each position, a table likewise, without rows
+            where that is nothing.
         token: whose.
+        at: its position.
         x: [hidden or more].
     """
-    table, factor = embedding
+    table, factor, positions = embedding
     row = table[token]
     for n in range(row.shape[0]):
         x[n] = number(row[n]) * factor[0]
+    if positions.shape[0]:
+        row = positions[at]
+        for n in range(row.shape[0]):
+            x[n] += number(row[n])
 
 
 @inner

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from .attending import attend
-from .exponential import exp
+from .exponential import exp, normal_tail
 from .jit import entry, inner
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .panels import PANEL
 from .products import add_product
-from .rows import add_normed, apply_gain, copy, norm
+from .rows import add_normed, apply_gain, begin, copy, norm
 
-NORMED_FIRST, WHOLE_HEADS, APPROXIMATE_GELU = range(3)  # of a model's traits
+NORMED_FIRST, CENTRED, WHOLE_HEADS, PARALLEL, GATED, ACTIVATION = range(6)  # of a model's traits
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
+SILU, GELU_TANH, GELU, RELU, RELU2 = range(5)
 # GELU's approximation is x / (1 + exp(-_STEEP * (x + _CUBIC * x^3))).
 _STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -120,10 +122,10 @@ def _add_bias(y: Any, bias: Any, tokens: int) -> None:
 
 
 @inner
-def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: int) -> None:
+def _given(x: Any, norming: Any, norms: bool, gain: Any, normed: Any, tokens: int) -> None:
     """Write what attention or the MLP is given of hidden states: normed or as they are."""
     if norms:
-        norm(x, floor, normed, tokens)
+        norm(x, norming, normed, tokens)
         apply_gain(gain, normed, normed, tokens)
     else:
         for m in range(tokens):
@@ -131,19 +133,60 @@ def _given(x: Any, floor: float, norms: bool, gain: Any, normed: Any, tokens: in
 
 
 @inner
-def _activate(wide: Any, width: int, approximate_gelu: bool, tokens: int) -> None:
-    """Let the gates, `width` numbers of each token, through to what lies behind them."""
-    one = wide.dtype.type(1)
-    steep, cubic = wide.dtype.type(_STEEP), wide.dtype.type(_CUBIC)
+def _activate(wide: Any, width: int, activation: int, gated: int, tokens: int) -> None:
+    """Put `width` numbers of each token through an activation, times those behind if `gated`."""
+    kind = wide.dtype.type
+    zero, one, steep, cubic = kind(0), kind(1), kind(_STEEP), kind(_CUBIC)
     for m in range(tokens):
-        gate, up = wide[m, :width], wide[m, width : 2 * width]
-        if approximate_gelu:
+        inner = wide[m, :width]
+        if activation == SILU:
             for n in range(width):
-                g = gate[n]
-                gate[n] = g / (one + exp(-steep * (g + cubic * g * g * g))) * up[n]
-        else:
+                inner[n] = inner[n] / (one + exp(-inner[n]))
+        elif activation == GELU_TANH:
             for n in range(width):
-                gate[n] = gate[n] / (one + exp(-gate[n])) * up[n]
+                g = inner[n]
+                inner[n] = g / (one + exp(-steep * (g + cubic * g * g * g)))
+        elif activation == GELU:
+            for n in range(width):
+                g = inner[n]
+                inner[n] = max(g, zero) - abs(g) * normal_tail(abs(g))
+        elif activation == RELU:
+            for n in range(width):
+                inner[n] = max(inner[n], zero)
+        elif activation == RELU2:
+            for n in range(width):
+                g = max(inner[n], zero)
+                inner[n] = g * g
+        if gated:
+            up = wide[m, width : 2 * width]
+            for n in range(width):
+                inner[n] *= up[n]
+
+
+@inner
+def _norming(floors: Any, traits: Any) -> Any:
+    """How hidden states are normed; see `rows`."""
+    return floors[0], traits[CENTRED] != 0
+
+
+@inner
+def _widen(
+    x: Any,
+    tokens: int,
+    norming: Any,
+    norms: bool,
+    gain: Any,
+    bias: Any,
+    matrix: Any,
+    scale: Any,
+    normed: Any,
+    wide: Any,
+    team: Any,
+) -> None:
+    """What the MLP makes of hidden states x before its activation, in `wide`."""
+    _given(x, norming, norms, gain, normed, tokens)
+    begin(wide, bias, tokens)
+    add_product(normed, matrix, scale, wide, tokens, team)
 
 
 @entry
@@ -174,55 +217,62 @@ def run_layers(
             weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL]; see
             `add_product`.
             scales: of their columns, each [layers, panels * PANEL].
-            biases: of qkv and out, each [layers, out]; gains of queries and keys, [layers, heads +
-            kv_heads, head_dim]; and gains of hidden states before qkv and before gate and up, and
-            of what attention and the MLP give, [layers, hidden] each. A model without one has none
-            in the second axis; without the last two it does not norm what they are of.
+            biases: likewise, each [layers, out]. A model without one has none in the second axis.
+            gains: of queries and keys, [layers, heads + kv_heads, head_dim]; and of hidden states
+            before qkv and before gate and up, and of what attention and the MLP give, [layers,
+            hidden] each, likewise. Without the first or the last two, what they are of is not
+            normed.
             floors: what norms of hidden states, of queries and of keys divide by at least, [3].
             windows: how many positions a token sees, [layers]; 0 is all.
             rotations: which kind each layer turns by, [layers].
-            traits: [3], by NORMED_FIRST, WHOLE_HEADS and APPROXIMATE_GELU.
+            traits: [6]: whether attention and the MLP are given normed states, and less their mean;
+            whether heads are normed together; whether the MLP is given what attention is, and not
+            what that made of it; whether it has a gate; and the index in `ACTIVATIONS` of what
+            the gate, or all of it, goes through.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
-            heads * head_dim], gate_up [room, 2 * intermediate in whole panels], added [room,
-            hidden in whole panels], scores and a plan, see `attending.attend`, and who helps, see
-            `team`.
+            heads * head_dim], gate_up [room, gate and up in whole panels], added [room, hidden in
+            whole panels], scores and a plan, see `attending.attend`, and who helps, see `team`.
     """
-    weights, scales, biases, floors, windows, rotations, traits = layers
+    weights, scales, biases, gains, floors, windows, rotations, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
-    qkv_bias, out_bias, gains, first_gain, second_gain, mixed_gain, output_gain = biases
+    qkv_bias, out_bias, gate_up_bias, down_bias = biases
+    qk_gain, first_gain, second_gain, mixed_gain, output_gain = gains
     normed, projected, mixed, wide, added, scores, plan, team = buffers
     tokens, width = place.shape[0], down.shape[2]
     heads = out.shape[2] // kv.shape[5]
-    norms, whole, gelu = traits[NORMED_FIRST], traits[WHOLE_HEADS], traits[APPROXIMATE_GELU]
+    norms, norming, whole = traits[NORMED_FIRST], _norming(floors, traits), traits[WHOLE_HEADS]
+    gated, activation, parallel = traits[GATED], traits[ACTIVATION], traits[PARALLEL]
     for layer in range(start, stop):
-        _given(x, floors[0], norms, first_gain[layer], normed, tokens)
-        projected[:tokens] = 0
+        _given(x, norming, norms, first_gain[layer], normed, tokens)
+        begin(projected, qkv_bias[layer], tokens)
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team)
-        _add_bias(projected, qkv_bias[layer], tokens)
-        norming = gains[layer], floors, whole, rotations[layer]
-        _place(projected, 0, heads, turns, kv, layer, place, *norming)
+        heading = qk_gain[layer], floors, whole, rotations[layer]
+        _place(projected, 0, heads, turns, kv, layer, place, *heading)
         left_out = tokens - wanted if layer == stop - 1 else 0
         going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
+        second = norming, norms, second_gain[layer], gate_up_bias[layer]
+        widening = gate_up[layer], gate_up_scale[layer], normed, wide, team
+        if parallel:
+            _widen(y, going, *second, *widening)
         attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, plan, team)
         if mixed_gain.shape[1]:
-            added[:going] = 0
+            begin(added, out_bias[layer], going)
             add_product(mixed, out[layer], out_scale[layer], added, going, team)
-            _add_bias(added, out_bias[layer], going)
-            add_normed(added, floors[0], mixed_gain[layer], normed, y, going)
+            add_normed(added, norming, mixed_gain[layer], normed, y, going)
         else:
             add_product(mixed, out[layer], out_scale[layer], y, going, team)
             _add_bias(y, out_bias[layer], going)
-        _given(y, floors[0], norms, second_gain[layer], normed, going)
-        wide[:going] = 0
-        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
-        _activate(wide, width, gelu, going)
+        if not parallel:
+            _widen(y, going, *second, *widening)
+        _activate(wide, width, activation, gated, going)
         if output_gain.shape[1]:
-            added[:going] = 0
+            begin(added, down_bias[layer], going)
             add_product(wide, down[layer], down_scale[layer], added, going, team)
-            add_normed(added, floors[0], output_gain[layer], normed, y, going)
+            add_normed(added, norming, output_gain[layer], normed, y, going)
         else:
             add_product(wide, down[layer], down_scale[layer], y, going, team)
+            _add_bias(y, down_bias[layer], going)
 
 
 @entry
@@ -237,16 +287,15 @@ def store_layers(
     buffers: Any,
 ) -> None:
     """Give layers `start`..`stop` the tokens' keys and values only; see `run_layers`."""
-    weights, scales, biases, floors, _, rotations, traits = layers
+    weights, scales, biases, gains, floors, _, rotations, traits = layers
     qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
-    qkv_bias, gains, first_gain = biases[0], biases[2], biases[3]
-    norms, whole = traits[NORMED_FIRST], traits[WHOLE_HEADS]
+    qkv_bias, qk_gain, first_gain = biases[0], gains[0], gains[1]
+    norms, norming, whole = traits[NORMED_FIRST], _norming(floors, traits), traits[WHOLE_HEADS]
     normed, projected, team = buffers[0], buffers[1], buffers[7]
     tokens, first = place.shape[0], heads * kv.shape[5] // PANEL
     for layer in range(start, stop):
-        _given(x, floors[0], norms, first_gain[layer], normed, tokens)
-        projected[:tokens] = 0
+        _given(x, norming, norms, first_gain[layer], normed, tokens)
+        begin(projected, qkv_bias[layer], tokens)
         add_product(normed, qkv[layer], qkv_scale[layer], projected, tokens, team, first)
-        _add_bias(projected, qkv_bias[layer], tokens)
-        norming = gains[layer], floors, whole, rotations[layer]
-        _place(projected, heads, heads, turns, kv, layer, place, *norming)
+        heading = qk_gain[layer], floors, whole, rotations[layer]
+        _place(projected, heads, heads, turns, kv, layer, place, *heading)

@@ -9,29 +9,38 @@ from .jit import entry, inner
 from .logits import two_of_panels
 from .panels import PANEL
 from .products import add_product
-from .rows import apply_gain, norm
+from .rows import apply_gain, begin, norm
 
 
 @entry
 def read_out(
-    x: Any, floor: float, gain: Any, head: Any, scale: Any, normed: Any, out: Any, team: Any
+    x: Any,
+    norming: Any,
+    gain: Any,
+    head: Any,
+    scale: Any,
+    bias: Any,
+    normed: Any,
+    out: Any,
+    team: Any,
 ) -> None:
     """Logits of hidden states: norm and LM head.
 
     Args:
         x: [tokens, hidden].
-        floor: what the norm divides by at least.
+        norming: see `rows`.
         gain: see `apply_gain`.
         head: [panels, hidden, PANEL].
         scale: of its columns.
+        bias: of the logits, [vocab in whole panels], or of length 0.
         normed: [tokens, hidden].
         out: gets the logits, [tokens, vocab in whole panels].
         team: see `add_product`.
     """
     tokens = x.shape[0]
-    norm(x, floor, normed, tokens)
+    norm(x, norming, normed, tokens)
     apply_gain(gain, normed, normed, tokens)
-    out[:] = 0
+    begin(out, bias, tokens)
     add_product(normed, head, scale, out, tokens, team)
 
 

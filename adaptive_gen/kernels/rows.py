@@ -1,4 +1,8 @@
-"""Hidden states row by row: copied, normed, multiplied."""
+"""Hidden states row by row: copied, normed, multiplied.
+
+- `norming`: what a norm divides by at least, and whether it first takes off each state's mean, as
+  LayerNorm does and a root-mean-square norm does not.
+"""
 
 from typing import Any
 
@@ -15,16 +19,35 @@ def copy(row: Any, into: Any) -> None:
 
 
 @inner
-def norm(x: Any, floor: float, out: Any, tokens: int) -> None:
+def begin(y: Any, bias: Any, tokens: int) -> None:
+    """Let each token's sums begin with a bias, which may be shorter or empty, and zeros."""
+    given = bias.shape[0]
+    for m in range(tokens):
+        row = y[m]
+        for n in range(given):
+            row[n] = bias[n]
+        for n in range(given, row.shape[0]):
+            row[n] = 0
+
+
+@inner
+def norm(x: Any, norming: Any, out: Any, tokens: int) -> None:
     """Divide each token's hidden state by its length or more, see `FusedModel`."""
+    floor, centred = norming
     for m in range(tokens):
         row, into = x[m], out[m]
+        mean = x.dtype.type(0)
+        if centred:
+            for n in range(into.shape[0]):
+                mean += row[n]
+            mean /= x.dtype.type(into.shape[0])
         total = x.dtype.type(floor * floor)
         for n in range(into.shape[0]):
-            total += row[n] * row[n]
+            off = row[n] - mean
+            total += off * off
         factor = x.dtype.type(1) / np.sqrt(total)
         for n in range(into.shape[0]):
-            into[n] = row[n] * factor
+            into[n] = (row[n] - mean) * factor
 
 
 @inner
@@ -44,9 +67,9 @@ def apply_gain(gain: Any, x: Any, out: Any, tokens: int) -> None:
 
 
 @inner
-def add_normed(x: Any, floor: float, gain: Any, normed: Any, y: Any, tokens: int) -> None:
+def add_normed(x: Any, norming: Any, gain: Any, normed: Any, y: Any, tokens: int) -> None:
     """Add what `norm` makes of x, times a gain [hidden], to y."""
-    norm(x, floor, normed, tokens)
+    norm(x, norming, normed, tokens)
     for m in range(tokens):
         row, into = normed[m], y[m]
         for n in range(gain.shape[0]):

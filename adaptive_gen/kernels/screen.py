@@ -9,13 +9,13 @@ largest logits are multiplied as they are, and more of them, those with the most
 while a threshold lies between what the confidence is at least and at most. The token and whether it
 leaves are those of the whole head.
 
-- `head`: panels, scale and floor of `read_out`, normed [rows, hidden], logits [rows, vocab in
+- `head`: panels, scale and norming of `read_out`, normed [rows, hidden], logits [rows, vocab in
   whole panels], how many of these are tokens; and the screen: steps [panels, hidden, PANEL] in 8
   bits, no panels at all where there is no screen; each column's scale, [vocab in whole panels]; by
   how much any logit of a panel may be off, e to the power of plus and of minus that, and whether a
   panel is known exactly, [panels] each. Who helps, see `team`. At last the gain that is folded into
-  the screen and not into the panels, see `apply_gain`, and the normed states times it: the very
-  same as normed where there is none.
+  the screen and not into the panels, see `apply_gain`, the normed states times it: the very same as
+  normed where there is none; and the bias of `read_out`.
 - `row`: of the normed states and of the logits.
 """
 
@@ -28,7 +28,7 @@ from .logits import mass, reaches, two_certain
 from .panels import PANEL
 from .products import add_one, add_product
 from .readout import best_two, first_of, read_out, summary
-from .rows import apply_gain, norm
+from .rows import apply_gain, begin, norm
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
@@ -44,14 +44,14 @@ _ROUNDING = 1e-5  # of a mass, as a share of it
 @inner
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
-    panels, scale, floor, normed, logits, vocab, screen, team, gain, gained = head
+    panels, scale, norming, normed, logits, vocab, screen, team, gain, gained, bias = head
     rows, steps = x.shape[0], screen[0]
     if not steps.shape[0]:
-        read_out(x, floor, gain, panels, scale, gained, logits[:rows], team)
+        read_out(x, norming, gain, panels, scale, bias, gained, logits[:rows], team)
         return
-    norm(x, floor, normed, rows)
+    norm(x, norming, normed, rows)
     apply_gain(gain, normed, gained, rows)
-    logits[:rows] = 0
+    begin(logits, bias, rows)
     add_product(normed, steps, screen[1], logits, rows, team)
     logits[:rows, vocab:] = -math.inf
 
@@ -65,13 +65,21 @@ def _bar(row: int, head: Any) -> Any:
 
 
 @inner
+def _multiply(row: int, panel: int, head: Any) -> None:
+    """Make the logits of a panel exact."""
+    panels, scale, _, _, logits, _, _, _, _, gained, bias = head
+    for n in range(PANEL * panel, PANEL * (panel + 1)):
+        logits[row, n] = bias[n] if bias.shape[0] else logits.dtype.type(0)
+    add_one(gained, panels, scale, logits, row, panel, 0, 1)
+
+
+@inner
 def _sharpen(row: int, bar: float, head: Any) -> None:
     """Make the logits exact in all panels where one may reach the bar."""
-    panels, scale, _, _, logits, vocab, (_, _, doubt, _, _, exact), _, _, gained = head
+    logits, vocab, (_, _, doubt, _, _, exact) = head[4], head[5], head[6]
     for panel in range(len(exact)):
         if not exact[panel] and reaches(logits[row], panel, doubt[panel], bar):
-            logits[row, PANEL * panel : PANEL * (panel + 1)] = 0
-            add_one(gained, panels, scale, logits, row, panel, 0, 1)
+            _multiply(row, panel, head)
             exact[panel] = True
     if exact[len(exact) - 1]:
         logits[row, vocab:] = -math.inf
@@ -146,12 +154,10 @@ def _share(top: float, second: float, measure: int) -> float:
 @inner
 def _read_whole(row: int, head: Any) -> Any:
     """The summary of exact logits."""
-    panels, scale, _, _, logits, vocab, screen, _, _, gained = head
-    if screen[0].shape[0]:
-        logits[row] = 0
-        for panel in range(panels.shape[0]):
-            add_one(gained, panels, scale, logits, row, panel, 0, 1)
-    return summary(logits[row, :vocab])
+    if head[6][0].shape[0]:
+        for panel in range(head[0].shape[0]):
+            _multiply(row, panel, head)
+    return summary(head[4][row, : head[5]])
 
 
 @inner
