@@ -134,12 +134,12 @@ class Decoder:
         return self._parts.plain_embedding
 
     @property
-    def plain_readout(self) -> tuple[Any, Any, float] | None:
-        """Final norm, LM head, a factor: where `readout` is one after the other; else None."""
+    def plain_readout(self) -> tuple[Any, Any, float, float | None] | None:
+        """Final norm, LM head, a factor, a soft cap: where `readout` is no more; else None."""
         norm, multiplier = self._parts.final_norm, self._head.multiplier
         if norm is None or self._parts.project_out is not None or multiplier is None:
             return None
-        return norm, self._head.linear, multiplier
+        return norm, self._head.linear, multiplier, self._head.softcap
 
     def normed(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [..., hidden] as the LM head sees them: through the final norm."""

@@ -37,12 +37,12 @@ class Head:
     @property
     def plain(self) -> bool:
         """Whether the logits are one matrix product, which `F.linear_cross_entropy` fuses."""
-        return self.multiplier == 1.0 and self.linear.bias is None
+        return self.multiplier == 1.0 and self.linear.bias is None and self.softcap is None
 
     @property
     def multiplier(self) -> float | None:
-        """What the logits are, times one linear layer; None where they are something else."""
-        if type(self.linear) is not nn.Linear or self.softcap is not None:
+        """What the logits are before a soft cap, times one linear layer; None if something else."""
+        if type(self.linear) is not nn.Linear:
             return None
         factor = 1.0 if self.factor is None else self.factor
         return factor if self.divisor is None else factor / self.divisor

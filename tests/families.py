@@ -257,8 +257,10 @@ GRAPHED = (
 FUSED = (
     *GRAPHED,
     "gemma",
+    "gemma2",
     "gemma3_text",
     "gemma3_uncapped",
+    "vaultgemma",
     "phi3",
     "phi3_partial",
     "smollm3",
@@ -289,12 +291,13 @@ FUSED = (
 # Of these, one or more for everything that differs: biases, windows, norms of heads one by one or
 # together, norms before, behind or both, GELU, factors, layers without positions, rotations by
 # layer, of half of the coordinates, of halves and of neighbours, matrices that come as one, an MLP
-# without a gate or beside attention, LayerNorm, a bias of the head, learned positions.
+# without a gate or beside attention, LayerNorm, a bias of the head, learned positions, soft caps.
 PARTICULAR = (
     "llama",
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma2",
     "gemma3_uncapped",
     "olmo2",
     "granite",

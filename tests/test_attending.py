@@ -10,7 +10,7 @@ CAPACITY = 256
 ALONE = np.zeros(words.AWAKE, np.int64)
 
 
-def expected(projected, kv, layer, place, window, heads):
+def expected(projected, kv, layer, place, window, softcap, heads):
     kv_heads, size = kv.shape[3], kv.shape[5]
     out = np.zeros((len(place), heads, size))
     for m, (row, position) in enumerate(place):
@@ -18,12 +18,16 @@ def expected(projected, kv, layer, place, window, heads):
         for head in range(heads):
             keys, values = kv[layer, :, row, head * kv_heads // heads, seen].astype(np.float64)
             scores = keys @ projected[m, head * size : (head + 1) * size]
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
             shares = np.exp(scores - scores.max())
             out[m, head] = shares @ values / shares.sum()
     return out.reshape(len(place), -1)
 
 
-def attended(place, heads=4, kv_heads=2, size=32, window=0, dtype=np.float32, filling=0.0):
+def attended(
+    place, heads=4, kv_heads=2, size=32, window=0, softcap=0, dtype=np.float32, filling=0.0
+):
     """What the kernel gives, and what it should, for tokens at `place` [tokens, 2]."""
     place, random = np.array(place), np.random.default_rng(0)
     kv = random.standard_normal((2, 2, 3, kv_heads, CAPACITY, size)).astype(dtype)
@@ -31,12 +35,23 @@ def attended(place, heads=4, kv_heads=2, size=32, window=0, dtype=np.float32, fi
     projected = (projected / size**0.25).astype(dtype)
     mixed = np.full((len(place) + 2, heads * size), filling, dtype)
     scores = np.full((1, TOGETHER, 2 * CAPACITY), filling, dtype)
-    attend(projected, mixed, kv, 1, place, window, scores, np.zeros(PLAN, np.int64), ALONE)
-    return mixed[: len(place)], expected(projected, kv, 1, place, window, heads)
+    limits = window, np.array([softcap] if softcap else [], dtype)
+    attend(projected, mixed, kv, 1, place, *limits, scores, np.zeros(PLAN, np.int64), ALONE)
+    return mixed[: len(place)], expected(projected, kv, 1, place, window, softcap, heads)
 
 
 def close(found, wanted):
     np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [8, 16, 20])
+@pytest.mark.parametrize("position", [0, 15, 40, 200])
+def test_scores_are_bent_below_a_soft_cap(size, position, dtype):
+    found, wanted = attended([[1, position]], size=size, softcap=0.7, dtype=dtype)
+    close(found, wanted)
+    if position:
+        assert np.abs(attended([[1, position]], size=size, dtype=dtype)[1] - wanted).max() > 0.01
 
 
 @pytest.mark.parametrize("size", [8, 16, 20, 32, 64, 80])
@@ -82,5 +97,7 @@ def test_a_large_score_takes_it_all_without_overflow():
     kv[0, 1, 0, 0, 33] = 7
     projected, mixed = np.ones((1, 48), np.float32), np.zeros((1, 16), np.float32)
     scores = np.zeros((1, TOGETHER, 2 * CAPACITY), np.float32)
-    attend(projected, mixed, kv, 0, np.array([[0, 50]]), 0, scores, np.zeros(PLAN, np.int64), ALONE)
+    limits = 0, np.zeros(0, np.float32)
+    place = np.array([[0, 50]])
+    attend(projected, mixed, kv, 0, place, *limits, scores, np.zeros(PLAN, np.int64), ALONE)
     np.testing.assert_array_equal(mixed, 7)

@@ -289,7 +289,7 @@ def test_a_screened_head_says_what_the_whole_head_says(tiny_llama, dtype, measur
     """The gain is folded into the screen and beside the weights: a bar is a bar for both."""
     monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
     decoder = Decoder(tiny_llama(vocab_size=500).to(dtype).eval())
-    norm, head, _ = decoder.plain_readout
+    norm, head, *_ = decoder.plain_readout
     norm.weight.copy_(0.2 + 3 * torch.rand(len(norm.weight)))
     made = narrow_readout(norm, head)
     of = compiled_readout.CompiledReadout(made, wide(norm))

@@ -19,6 +19,7 @@ from adaptive_gen.kernels.attending import PLAN, TOGETHER, attend
 from adaptive_gen.settings import state
 
 PROMPT = torch.arange(5, 12)[None]
+UNCAPPED = np.zeros(0, np.float32)
 SOON_S = 30.0  # for what another thread does when the system lets it
 
 
@@ -78,16 +79,27 @@ def test_shared_attention_is_the_same_to_the_bit(helped, tokens, kv_heads, conte
     alone = np.zeros(words.AWAKE + words.LINE, np.int64)
     scores = np.zeros((3, TOGETHER, 1024), np.float32)
     expected = np.zeros((10, heads * size), np.float32)
-    attend(projected, expected, kv, 1, place, window, scores, a_plan(), alone)
+    attend(projected, expected, kv, 1, place, window, UNCAPPED, scores, a_plan(), alone)
     assert expected[:tokens].any() and not expected[tokens:].any()
     mixed = np.zeros_like(expected)
     for i in range(tokens):
         each = slice(i, i + 1)
-        attend(projected[each], mixed[each], kv, 1, place[each], window, scores, a_plan(), alone)
+        attend(
+            projected[each],
+            mixed[each],
+            kv,
+            1,
+            place[each],
+            window,
+            UNCAPPED,
+            scores,
+            a_plan(),
+            alone,
+        )
     np.testing.assert_array_equal(mixed, expected)
     for _ in range(50):
         mixed = np.zeros_like(expected)
-        attend(projected, mixed, kv, 1, place, window, scores, a_plan(), team.ready())
+        attend(projected, mixed, kv, 1, place, window, UNCAPPED, scores, a_plan(), team.ready())
         np.testing.assert_array_equal(mixed, expected)
 
 
@@ -97,7 +109,18 @@ def test_helpers_attend_too(helped):
     scores = np.zeros((3, TOGETHER, 4096), np.float32)
 
     def helped_out():
-        attend(projected, mixed, kv, 0, np.array([[0, 4000]]), 0, scores, a_plan(), team.ready())
+        attend(
+            projected,
+            mixed,
+            kv,
+            0,
+            np.array([[0, 4000]]),
+            0,
+            UNCAPPED,
+            scores,
+            a_plan(),
+            team.ready(),
+        )
         return shared[words.DONE] > 0
 
     until(helped_out)

@@ -18,12 +18,20 @@ class Attention:
     """Writes a block's keys and values into layers `start`..`stop`, and attends to them."""
 
     def __init__(
-        self, room: Room, positions: Positions, cache: KVCache, span: Span, start: int, stop: int
+        self,
+        room: Room,
+        positions: Positions,
+        cache: KVCache,
+        span: Span,
+        start: int,
+        stop: int,
+        softcap: float | None,
     ):
         """Make the views of all layers at once: they take little more time than those of one."""
+        self._softcap = softcap
         self._room, self._cache, self._span = room, cache, span
         self._types, self._start = positions.layer_types, start
-        self._few = span.time <= _FEW
+        self._few = span.time <= _FEW or softcap is not None  # which torch's kernel does not know
         # Rows alike share one buffer, and only need to be told where their own block hides things.
         self._alike = span.rows is None and span.even
         limited = positions.window is not None and span.stop > positions.window
@@ -68,6 +76,7 @@ class Attention:
         """By two batched products; keys [rows * kv_heads, head_dim, keys]."""
         room, scores = self._room, self._scores
         torch.bmm(room.grouped(), keys, out=scores)
+        self._soften(scores)
         blocked = self._blocked[self._types[index]]
         if blocked is not None:  # [rows or 1, 1, time, keys]
             rows, time = len(room.query), self._span.time
@@ -82,8 +91,13 @@ class Attention:
         assert self._window is not None
         first = keys.shape[-1] - self._window
         scores = torch.bmm(self._room.grouped(), keys[:, :, first:])
+        self._soften(scores)
         torch.bmm(torch.softmax(scores, -1), values[:, first:], out=self._room.mixed)
         return self._room.joined()
+
+    def _soften(self, scores: Tensor) -> None:
+        if self._softcap is not None:
+            scores.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def _general(self, keys: Tensor, values: Tensor, blocked: Tensor | None) -> Tensor:
         """By torch's kernel; keys [rows, kv_heads, keys, head_dim]."""

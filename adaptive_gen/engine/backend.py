@@ -268,16 +268,17 @@ class Backend:
         return found
 
     def _made_readout(
-        self, norm: Any, head: Any, factor: float
+        self, norm: Any, head: Any, factor: float, softcap: float | None
     ) -> FusedReadout | CompiledReadout | GraphReadout | None:
         if self.name in ON_SLABS:
             assert self._prepared.graphs is not None
-            return graphs.readout(self._prepared.graphs, norm, head) if factor == 1 else None
+            plain = factor == 1 and softcap is None
+            return graphs.readout(self._prepared.graphs, norm, head) if plain else None
         if self.widens and head.weight.dtype in BITS:
-            made = narrow_readout(norm, head, factor)
+            made = narrow_readout(norm, head, factor, softcap)
             return CompiledReadout(made, wide(norm)) if made else None
         to_round = self.weights == "int8"
-        made = fuse_readout(norm, head, factor, to_round)
+        made = fuse_readout(norm, head, factor, softcap, to_round)
         if made is not None and to_round:
             made = quantised_readout(made)
         if made is None or not self.name.startswith("compiled"):

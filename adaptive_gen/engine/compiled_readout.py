@@ -38,6 +38,7 @@ class CompiledReadout:
         self.panels, self.scale = in_panels(fused.head, fused.floor)
         head, factor = fused.head, gain_of(fused.head)
         self.vocab = head.shape[1] if isinstance(head, Tensor) else len(head.scale)
+        self._softcap = float(fused.softcap or 0.0)
         bias = fused.floor.new_zeros(0) if fused.bias is None else fused.bias
         self._bias = F.pad(bias, (0, padding(len(bias)))).numpy()
         self._gain = fused.floor.new_zeros(0).numpy() if factor is None else factor.numpy()
@@ -54,7 +55,7 @@ class CompiledReadout:
         logits = hidden.new_empty(rows, self.vocab + padding(self.vocab))
         x = (hidden if hidden.is_contiguous() else hidden.contiguous()).detach().numpy()
         normed = np.empty(x.shape, x.dtype)
-        head = self._norming, self._gain, self.panels, self.scale, self._bias
+        head = self._norming, self._gain, self.panels, self.scale, self._bias, self._softcap
         reading.read_out(x, *head, normed, logits.numpy(), self._team())
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
@@ -69,7 +70,7 @@ class CompiledReadout:
         logits = np.zeros((rows, panels * PANEL), dtype)
         screen = *self._screen, np.zeros(panels, np.bool_)
         head = self.panels, self.scale, self._norming, normed, logits, self.vocab, screen
-        return *head, self._team(), self._gain, gained, self._bias
+        return *head, self._team(), self._gain, gained, self._bias, self._softcap
 
 
 def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:

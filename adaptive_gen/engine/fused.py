@@ -56,6 +56,7 @@ class Traits:
     whole_heads: bool  # whether queries, and keys, are normed all heads together
     parallel: bool  # whether the MLP is given what attention is, and not what that made of it
     activation: str  # see `layer_parts`
+    softcap: float | None  # what scores of attention are bent below
     eps: tuple[float, ...]  # of the norms of hidden states, and of those of queries and keys
     normed_after: tuple[bool, bool]  # whether what attention, and the MLP, give is normed
     # Queries, keys, values, what attention gives, gate, up, down, and the norms before both.
@@ -113,7 +114,8 @@ class FusedSegment:
             room.hidden.copy_(hidden)
         x, parallel = room.x, model.traits.parallel
         activate = ACTIVATIONS[model.traits.activation]
-        attend = Attention(room, positions, cache, span, self.start, self.stop)
+        ways = cache, span, self.start, self.stop
+        attend = Attention(room, positions, *ways, model.traits.softcap)
         for index in range(self.start, self.stop):
             layer = model.layers[index]
             given = self._given(room)
@@ -188,10 +190,14 @@ class FusedReadout:
     floor: Tensor  # what the norm divides by at least, a scalar
     bias: Tensor | None = None  # of the logits, [vocab]
     centred: bool = False  # whether the norm takes off the mean
+    softcap: float | None = None  # what logits are bent below
 
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        return product(normed(hidden, self.floor, self.centred), self.head, self.bias)
+        logits = product(normed(hidden, self.floor, self.centred), self.head, self.bias)
+        if self.softcap is None:
+            return logits
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 def normed(hidden: Tensor, floor: Tensor, centred: bool) -> Tensor:

@@ -129,6 +129,7 @@ def _traits(parts: LayerParts) -> Traits:
         parts.whole_heads,
         parts.parallel,
         parts.activation,
+        parts.softcap,
         (*eps, *eps_of_heads),
         (parts.mixed_norm is not None, parts.output_norm is not None),
         (
@@ -147,7 +148,11 @@ def wide(thing: Any) -> Any:
 
 
 def fuse_readout(
-    norm: Any, head: nn.Linear, factor: float = 1.0, to_round: bool = False
+    norm: Any,
+    head: nn.Linear,
+    factor: float = 1.0,
+    softcap: float | None = None,
+    to_round: bool = False,
 ) -> FusedReadout | None:
     """Prepare a norm and the head behind it; None if the norm is of another kind.
 
@@ -155,6 +160,7 @@ def fuse_readout(
         norm: before the head.
         head: the LM head.
         factor: of the logits.
+        softcap: what they are bent below.
         to_round: whether it does not matter how the head lies in memory, as it will be rounded.
     """
     if not is_norm(norm):
@@ -167,10 +173,14 @@ def fuse_readout(
     hidden = _hidden(norm)
     own = None if head.bias is None else wide(head.bias)
     expected = F.linear(norm(hidden), weight, own) * factor
-    return readout if _difference(readout(hidden), expected) is None else None
+    if _difference(readout(hidden), expected) is not None:
+        return None
+    return replace(readout, softcap=softcap)
 
 
-def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedReadout | None:
+def narrow_readout(
+    norm: Any, head: nn.Linear, factor: float = 1.0, softcap: float | None = None
+) -> FusedReadout | None:
     """The same for a head in half precision that is read as it is."""
     if not is_norm(norm):
         return None
@@ -181,7 +191,7 @@ def narrow_readout(norm: Any, head: nn.Linear, factor: float = 1.0) -> FusedRead
         return None
     bias, gains = _bias_of(norm, head, factor), gains * factor
     matrix = NarrowMatrix(lambda: own, gains, gains.new_ones(len(own)))
-    return FusedReadout(matrix, floor, bias, centred)
+    return FusedReadout(matrix, floor, bias, centred, softcap)
 
 
 def _bias_of(norm: Any, head: nn.Linear, factor: float) -> Tensor | None:

@@ -34,10 +34,16 @@ _UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
 _DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn")
-_SECOND_NORM = ("post_attention_layernorm", "ln_2", "final_layer_norm", "ln_mlp")
+_SECOND_NORM = (
+    "post_attention_layernorm",
+    "ln_2",
+    "final_layer_norm",
+    "ln_mlp",
+    "pre_feedforward_layernorm",
+)
 _BY_GROUP = "query_key_value"  # has a key head's queries, its key and its value together
 # Settings that change numbers larger, or positions later, than those that are compared.
-_HIDDEN = ("attn_logit_softcapping", "clip_qkv", "llama_4_scaling_beta")
+_HIDDEN = ("clip_qkv", "llama_4_scaling_beta")
 
 
 class Unfit(Exception):
@@ -81,6 +87,7 @@ class LayerParts:
     scaling: float  # of scores
     multiplier: float  # of what attention and the MLP give, before it is added
     activation: str
+    softcap: float | None  # what scores are bent below
 
     @classmethod
     def of(cls, layer: Any, config: Any) -> "LayerParts":
@@ -119,6 +126,7 @@ class LayerParts:
             getattr(attention, "scaling", head_dim**-0.5),
             float(getattr(layer, "residual_multiplier", 1.0)),
             _activation(_part(mlp, _ACTIVATION)),
+            getattr(config, "attn_logit_softcapping", None),
         )
 
     @property

@@ -53,6 +53,7 @@ class CompiledModel:
     gains: tuple[Any, ...]
     floors: Any
     windows: Any
+    softcap: Any
     rotations: Any
     traits: Any
 
@@ -66,6 +67,7 @@ class CompiledModel:
             self.gains,
             self.floors,
             self.windows,
+            self.softcap,
             self.rotations,
             self.traits,
         )
@@ -93,6 +95,7 @@ class CompiledModel:
             (of_layers("qk_gain", axes=2), *before, *after),
             torch.cat([like.new_tensor([model.sizes.floor]), model.qk_floors]).numpy(),
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
+            like.new_tensor([] if traits.softcap is None else [traits.softcap]).numpy(),
             np.array(model.turns.of_layer),
             np.array(
                 [

@@ -9,7 +9,7 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from . import team as words
-from .exponential import exp
+from .exponential import exp, softened
 from .jit import compiled, entry, inner
 from .lanes import (
     LANES,
@@ -32,12 +32,14 @@ PLAN = 4 * TOGETHER + words.JOB_WORDS
 
 
 @inner
-def attend_head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
+def attend_head(query: Any, keys: Any, values: Any, softcap: Any, scores: Any, out: Any) -> None:
     """One head's attention to [keys, head_dim]; `scores` has room for them."""
     count, size = keys.shape
     most = query.dtype.type(-np.inf)
     for j in range(count):
         scores[j] = _product(query, keys[j])
+        if softcap.shape[0]:
+            scores[j] = softened(scores[j], softcap[0])
         most = max(most, scores[j])
     total = query.dtype.type(0)
     for j in range(count):
@@ -67,6 +69,7 @@ def attend(
     layer: int,
     place: Any,
     window: int,
+    softcap: Any,
     scores: Any,
     plan: Any,
     team: Any,
@@ -80,6 +83,7 @@ def attend(
         layer: which one.
         place: [tokens, 2], row and position.
         window: positions a token sees; 0 is all.
+        softcap: what scores are bent below, [1], of the queries' dtype; or of length 0.
         scores: [threads, TOGETHER, more than any token's keys], the last a multiple of LANES.
         plan: int64, [PLAN].
         team: see there.
@@ -88,7 +92,8 @@ def attend(
     pairs = tokens * (mixed.shape[1] // head_dim)
     if not by_lanes(kv):
         for pair in range(pairs):
-            _attend_pair(pair, projected, mixed, kv, layer, place, window, scores[0, 0])
+            own = window, softcap, scores[0, 0]
+            _attend_pair(pair, projected, mixed, kv, layer, place, *own)
         return
     together, job = plan[: 4 * TOGETHER].reshape(TOGETHER, 4), plan[4 * TOGETHER :]
     job[words.X], job[words.X_WIDTH] = projected.ctypes.data, projected.shape[1]
@@ -97,6 +102,7 @@ def attend(
     for axis in range(4):
         job[words.STRIDES + axis] = kv.strides[axis + 1]
     job[words.KV_HEADS], job[words.WINDOW] = kv.shape[3], window
+    job[words.SOFTCAP] = softcap.ctypes.data if softcap.shape[0] else 0
     job[words.PLACE], job[words.TOKENS] = place.ctypes.data, tokens
     job[words.SCALE], job[words.SCORES] = scores.ctypes.data, scores.shape[2]
     longest = place[tokens - 1, 1] + 1
@@ -138,6 +144,7 @@ def _attend_pair(
     layer: int,
     place: Any,
     window: int,
+    softcap: Any,
     scores: Any,
 ) -> None:
     """One token's attention by one head; `scores` has room for its keys."""
@@ -150,7 +157,7 @@ def _attend_pair(
     keys = kv[layer, 0, row, h // group, first:seen]
     values = kv[layer, 1, row, h // group, first:seen]
     start, stop = h * head_dim, (h + 1) * head_dim
-    attend_head(projected[m, start:stop], keys, values, scores, mixed[m, start:stop])
+    attend_head(projected[m, start:stop], keys, values, softcap, scores, mixed[m, start:stop])
 
 
 @inner
@@ -215,6 +222,8 @@ def _attend_together(together: Any, head_dim: int, keys: int, job: Any) -> None:
         query, seen, own = together[n, QUERY], together[n, SEEN], together[n, OWN]
         if not wide or seen < LANES:
             _score_each(query, head_dim, keys, step, seen, own)
+        if job[words.SOFTCAP]:
+            _soften(own, seen, job[words.SOFTCAP])
         share_out(own, seen, own + 4 * (room - 1))
     size, one, two, four = 4 * head_dim, 4 * LANES, 8 * LANES, 16 * LANES
     for j in range(0, longest, NEAR):
@@ -250,6 +259,13 @@ def _score_each(query: int, size: int, keys: int, step: int, count: int, scores:
     of, found = carray(floats_at(query), (size,)), carray(floats_at(scores), (count,))
     for j in range(count):
         found[j] = _product(of, carray(floats_at(keys + j * step), (size,)))
+
+
+@compiled
+def _soften(scores: int, count: int, softcap: int) -> None:
+    of, cap = carray(floats_at(scores), (count,)), carray(floats_at(softcap), (1,))[0]
+    for j in range(count):
+        of[j] = softened(of[j], cap)
 
 
 @compiled

@@ -50,13 +50,13 @@ def prepare(x: Any, looked: bool, head: Any, choosing: Any) -> None:
         head: see `screen`.
         choosing: see above.
     """
-    panels, scale, norming, _, logits, _, screen, team, gain, gained, bias = head
+    panels, scale, norming, _, logits, _, screen, team, gain, gained, bias, softcap = head
     if plain(choosing) or _few_matter(head, choosing):
         if not looked:
             look(x, head)
     elif not looked or screen[0].shape[0]:
         out = logits[: x.shape[0]]
-        read_out(x, norming, gain, panels, scale, bias, gained, out, team)
+        read_out(x, norming, gain, panels, scale, bias, softcap, gained, out, team)
 
 
 @inner

@@ -58,6 +58,25 @@ def _exp_of(x: Any) -> Any:
     return polynomial if x == types.float32 else library_exp
 
 
+def softened(x: Any, cap: Any) -> Any:
+    """Bend a number so that it stays below a cap: cap * tanh(x / cap)."""
+    raise NotImplementedError
+
+
+_TWO = np.float32(2)
+
+
+@overload(softened, inline="always")
+def _softened_of(x: Any, cap: Any) -> Any:
+    def library_tanh(x: Any, cap: Any) -> Any:
+        return cap * math.tanh(x / cap)
+
+    def by_exp(x: Any, cap: Any) -> Any:
+        return cap - cap * _TWO / (np.float32(1) + exp(x * (_TWO / cap)))
+
+    return by_exp if x == types.float32 else library_tanh
+
+
 def normal_tail(x: Any) -> Any:
     """How likely a standard normal number is above x, for x >= 0."""
     raise NotImplementedError

@@ -224,6 +224,7 @@ def run_layers(
             normed.
             floors: what norms of hidden states, of queries and of keys divide by at least, [3].
             windows: how many positions a token sees, [layers]; 0 is all.
+            softcap: of scores, see `attending.attend`.
             rotations: which kind each layer turns by, [layers].
             traits: [6]: whether attention and the MLP are given normed states, and less their mean;
             whether heads are normed together; whether the MLP is given what attention is, and not
@@ -233,7 +234,7 @@ def run_layers(
             heads * head_dim], gate_up [room, gate and up in whole panels], added [room, hidden in
             whole panels], scores and a plan, see `attending.attend`, and who helps, see `team`.
     """
-    weights, scales, biases, gains, floors, windows, rotations, traits = layers
+    weights, scales, biases, gains, floors, windows, softcap, rotations, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gate_up_bias, down_bias = biases
@@ -255,7 +256,8 @@ def run_layers(
         widening = gate_up[layer], gate_up_scale[layer], normed, wide, team
         if parallel:
             _widen(y, going, *second, *widening)
-        attend(queries, mixed, kv, layer, place[left_out:], windows[layer], scores, plan, team)
+        seeing = windows[layer], softcap
+        attend(queries, mixed, kv, layer, place[left_out:], *seeing, scores, plan, team)
         if mixed_gain.shape[1]:
             begin(added, out_bias[layer], going)
             add_product(mixed, out[layer], out_scale[layer], added, going, team)
@@ -287,7 +289,7 @@ def store_layers(
     buffers: Any,
 ) -> None:
     """Give layers `start`..`stop` the tokens' keys and values only; see `run_layers`."""
-    weights, scales, biases, gains, floors, _, rotations, traits = layers
+    weights, scales, biases, gains, floors, _, _, rotations, traits = layers
     qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
     qkv_bias, qk_gain, first_gain = biases[0], gains[0], gains[1]
     norms, norming, whole = traits[NORMED_FIRST], _norming(floors, traits), traits[WHOLE_HEADS]

@@ -9,7 +9,7 @@ from .jit import entry, inner
 from .logits import two_of_panels
 from .panels import PANEL
 from .products import add_product
-from .rows import apply_gain, begin, norm
+from .rows import apply_gain, begin, norm, soften
 
 
 @entry
@@ -20,6 +20,7 @@ def read_out(
     head: Any,
     scale: Any,
     bias: Any,
+    softcap: float,
     normed: Any,
     out: Any,
     team: Any,
@@ -33,6 +34,7 @@ def read_out(
         head: [panels, hidden, PANEL].
         scale: of its columns.
         bias: of the logits, [vocab in whole panels], or of length 0.
+        softcap: what they are bent below; 0 leaves them.
         normed: [tokens, hidden].
         out: gets the logits, [tokens, vocab in whole panels].
         team: see `add_product`.
@@ -42,6 +44,7 @@ def read_out(
     apply_gain(gain, normed, normed, tokens)
     begin(out, bias, tokens)
     add_product(normed, head, scale, out, tokens, team)
+    soften(out, softcap, tokens)
 
 
 @inner

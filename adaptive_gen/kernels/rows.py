@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .exponential import softened
 from .jit import inner
 
 
@@ -28,6 +29,17 @@ def begin(y: Any, bias: Any, tokens: int) -> None:
             row[n] = bias[n]
         for n in range(given, row.shape[0]):
             row[n] = 0
+
+
+@inner
+def soften(y: Any, softcap: float, tokens: int) -> None:
+    """Bend numbers so that they stay below a cap, if it is not 0."""
+    if softcap != 0:
+        cap = y.dtype.type(softcap)
+        for m in range(tokens):
+            row = y[m]
+            for n in range(row.shape[0]):
+                row[n] = softened(row[n], cap)
 
 
 @inner

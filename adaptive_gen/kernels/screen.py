@@ -15,7 +15,8 @@ leaves are those of the whole head.
   how much any logit of a panel may be off, e to the power of plus and of minus that, and whether a
   panel is known exactly, [panels] each. Who helps, see `team`. At last the gain that is folded into
   the screen and not into the panels, see `apply_gain`, the normed states times it: the very same as
-  normed where there is none; and the bias of `read_out`.
+  normed where there is none; and the bias and softcap of `read_out`, which may bring two logits
+  nearer and never farther apart.
 - `row`: of the normed states and of the logits.
 """
 
@@ -28,7 +29,7 @@ from .logits import mass, reaches, two_certain
 from .panels import PANEL
 from .products import add_one, add_product
 from .readout import best_two, first_of, read_out, summary
-from .rows import apply_gain, begin, norm
+from .rows import apply_gain, begin, norm, soften
 
 MEASURES = ("margin", "max_prob", "entropy", "gate")
 MARGIN, MAX_PROB, ENTROPY, GATE = range(4)
@@ -44,15 +45,16 @@ _ROUNDING = 1e-5  # of a mass, as a share of it
 @inner
 def look(x: Any, head: Any) -> None:
     """Prepare what `token_of` and `leaves` say of hidden states [rows, hidden or more]."""
-    panels, scale, norming, normed, logits, vocab, screen, team, gain, gained, bias = head
+    panels, scale, norming, normed, logits, vocab, screen, team, gain, gained, bias, softcap = head
     rows, steps = x.shape[0], screen[0]
     if not steps.shape[0]:
-        read_out(x, norming, gain, panels, scale, bias, gained, logits[:rows], team)
+        read_out(x, norming, gain, panels, scale, bias, softcap, gained, logits[:rows], team)
         return
     norm(x, norming, normed, rows)
     apply_gain(gain, normed, gained, rows)
     begin(logits, bias, rows)
     add_product(normed, steps, screen[1], logits, rows, team)
+    soften(logits, softcap, rows)
     logits[:rows, vocab:] = -math.inf
 
 
@@ -67,10 +69,11 @@ def _bar(row: int, head: Any) -> Any:
 @inner
 def _multiply(row: int, panel: int, head: Any) -> None:
     """Make the logits of a panel exact."""
-    panels, scale, _, _, logits, _, _, _, _, gained, bias = head
+    panels, scale, _, _, logits, _, _, _, _, gained, bias, softcap = head
     for n in range(PANEL * panel, PANEL * (panel + 1)):
         logits[row, n] = bias[n] if bias.shape[0] else logits.dtype.type(0)
     add_one(gained, panels, scale, logits, row, panel, 0, 1)
+    soften(logits[row : row + 1, PANEL * panel : PANEL * (panel + 1)], softcap, 1)
 
 
 @inner

@@ -34,7 +34,8 @@ HELPERS, BUSY, CLAIM, DONE, JOB = (LINE * n for n in range(5))
 # Words of the job, from JOB on.
 X, X_WIDTH, W, DEPTH_OF, SCALE, Y, Y_WIDTH, TOKENS, FIRST, LAST, PER_CHUNK, KIND = range(12)
 PLACE, SCORES, KV_HEADS, WINDOW, STRIDES = range(12, 17)  # and three more strides
-JOB_WORDS = 20
+SOFTCAP = 20
+JOB_WORDS = 21
 SEATS = JOB + JOB_WORDS
 AWAKE = JOB + 3 * LINE
 # Products with weights of five kinds, whose sums are float32, and whose states but with bytes as
