@@ -20,7 +20,9 @@ from adaptive_gen.engine import compiled, compiled_readout
 from adaptive_gen.engine.backend import Backend
 from adaptive_gen.engine.cache import KVCache, Span
 from adaptive_gen.engine.compiled import MOST_ROWS
-from adaptive_gen.engine.fusing import fuse, narrow_readout, narrowed, wide
+from adaptive_gen.engine.folding import wide
+from adaptive_gen.engine.fused_readout import narrow_readout
+from adaptive_gen.engine.fusing import fuse, narrowed
 from adaptive_gen.engine.int8 import MATRICES
 from adaptive_gen.engine.rules import QUEUE_CAP
 from adaptive_gen.errors import ModelError

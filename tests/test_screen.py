@@ -10,7 +10,7 @@ import torch
 from adaptive_gen.confidence import Confidences
 from adaptive_gen.engine import compiled_readout
 from adaptive_gen.engine.compiled_readout import CompiledConfidences, CompiledReadout
-from adaptive_gen.engine.fused import FusedReadout
+from adaptive_gen.engine.fused_readout import FusedReadout
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.kernels import screen
 

@@ -19,8 +19,9 @@ from .choosing import Choice
 from .compiled import CompiledSegment, NarrowSegment, in_pieces, longest, most_tokens
 from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
-from .fused import FusedModel, FusedReadout, FusedSegment
-from .fusing import WIDE, fuse_readout, narrow_readout, wide
+from .folding import WIDE, wide
+from .fused import FusedModel, FusedSegment
+from .fused_readout import FusedReadout, fuse_readout, narrow_readout
 from .graphs import GraphReadout, SummedConfidences
 from .int8 import quantised_readout
 from .machine_code import compiling

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
 from .compiled import MOST_ROWS
-from .fused import FusedReadout, Matrix
+from .fused import Matrix
+from .fused_readout import FusedReadout
 from .int8 import COLUMNS, Int8Matrix
 from .machine_code import kernel
 from .narrow import NarrowMatrix

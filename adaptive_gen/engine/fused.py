@@ -182,24 +182,6 @@ class FusedSegment:
             cache.write(key, value, index, span)
 
 
-@dataclass(frozen=True)
-class FusedReadout:
-    """The final norm and the LM head of a `Decoder`."""
-
-    head: Matrix  # [hidden, vocab]
-    floor: Tensor  # what the norm divides by at least, a scalar
-    bias: Tensor | None = None  # of the logits, [vocab]
-    centred: bool = False  # whether the norm takes off the mean
-    softcap: float | None = None  # what logits are bent below
-
-    def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
-        """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
-        logits = product(normed(hidden, self.floor, self.centred), self.head, self.bias)
-        if self.softcap is None:
-            return logits
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
 def normed(hidden: Tensor, floor: Tensor, centred: bool) -> Tensor:
     """Hidden states [rows, hidden] divided by their length or more; see `FusedModel`."""
     if centred:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .fused import FusedReadout, Layer
+    from .fused import Layer
+    from .fused_readout import FusedReadout
 
 _STEPS = 127
 # Numbers of a row that torch's kernel reads at a time, also where fewer are left, on any processor.

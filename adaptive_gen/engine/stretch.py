@@ -108,9 +108,9 @@ class Stretch:
         if gate is not None:
             for i, segment in enumerate(scheduler.segments[:-1]):
                 if segment.stop in gate.weights:
-                    weight, bias = gate.weights[segment.stop], gate.biases[segment.stop]
+                    weight = gate.weights[segment.stop].to(readout.norm_gain)
                     weights[i] = (weight * readout.norm_gain).numpy()
-                    biases[i] = float(bias + weight @ readout.norm_shift)
+                    biases[i] = float(gate.biases[segment.stop] + weight @ readout.norm_shift)
         return weights, biases
 
     @makes_lasting
