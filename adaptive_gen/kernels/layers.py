@@ -114,11 +114,19 @@ def _place(
 
 
 @inner
-def _add_bias(y: Any, bias: Any, tokens: int) -> None:
+def _total(y: Any, added: Any, gain: Any, bias: Any, tokens: int) -> Any:
+    """Where attention or the MLP adds to: the hidden states, or elsewhere if that is normed first.
+
+    Its bias is there already.
+    """
+    if gain.shape[1]:
+        begin(added, bias, tokens)
+        return added
     for m in range(tokens):
         row = y[m]
         for n in range(bias.shape[0]):
             row[n] += bias[n]
+    return y
 
 
 @inner
@@ -139,6 +147,11 @@ def _activate(wide: Any, width: int, activation: int, gated: int, tokens: int) -
     zero, one, steep, cubic = kind(0), kind(1), kind(_STEEP), kind(_CUBIC)
     for m in range(tokens):
         inner = wide[m, :width]
+        if activation == SILU and gated:  # as a rule, so without a second pass
+            up = wide[m, width : 2 * width]
+            for n in range(width):
+                inner[n] = inner[n] / (one + exp(-inner[n])) * up[n]
+            continue
         if activation == SILU:
             for n in range(width):
                 inner[n] = inner[n] / (one + exp(-inner[n]))
@@ -167,26 +180,6 @@ def _activate(wide: Any, width: int, activation: int, gated: int, tokens: int) -
 def _norming(floors: Any, traits: Any) -> Any:
     """How hidden states are normed; see `rows`."""
     return floors[0], traits[CENTRED] != 0
-
-
-@inner
-def _widen(
-    x: Any,
-    tokens: int,
-    norming: Any,
-    norms: bool,
-    gain: Any,
-    bias: Any,
-    matrix: Any,
-    scale: Any,
-    normed: Any,
-    wide: Any,
-    team: Any,
-) -> None:
-    """What the MLP makes of hidden states x before its activation, in `wide`."""
-    _given(x, norming, norms, gain, normed, tokens)
-    begin(wide, bias, tokens)
-    add_product(normed, matrix, scale, wide, tokens, team)
 
 
 @entry
@@ -252,29 +245,23 @@ def run_layers(
         _place(projected, 0, heads, turns, kv, layer, place, *heading)
         left_out = tokens - wanted if layer == stop - 1 else 0
         going, queries, y = tokens - left_out, projected[left_out:], x[left_out:]
-        second = norming, norms, second_gain[layer], gate_up_bias[layer]
-        widening = gate_up[layer], gate_up_scale[layer], normed, wide, team
         if parallel:
-            _widen(y, going, *second, *widening)
+            _given(y, norming, norms, second_gain[layer], normed, going)
         seeing = windows[layer], softcap
         attend(queries, mixed, kv, layer, place[left_out:], *seeing, scores, plan, team)
+        total = _total(y, added, mixed_gain, out_bias[layer], going)
+        add_product(mixed, out[layer], out_scale[layer], total, going, team)
         if mixed_gain.shape[1]:
-            begin(added, out_bias[layer], going)
-            add_product(mixed, out[layer], out_scale[layer], added, going, team)
             add_normed(added, norming, mixed_gain[layer], normed, y, going)
-        else:
-            add_product(mixed, out[layer], out_scale[layer], y, going, team)
-            _add_bias(y, out_bias[layer], going)
         if not parallel:
-            _widen(y, going, *second, *widening)
+            _given(y, norming, norms, second_gain[layer], normed, going)
+        begin(wide, gate_up_bias[layer], going)
+        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
         _activate(wide, width, activation, gated, going)
+        total = _total(y, added, output_gain, down_bias[layer], going)
+        add_product(wide, down[layer], down_scale[layer], total, going, team)
         if output_gain.shape[1]:
-            begin(added, down_bias[layer], going)
-            add_product(wide, down[layer], down_scale[layer], added, going, team)
             add_normed(added, norming, output_gain[layer], normed, y, going)
-        else:
-            add_product(wide, down[layer], down_scale[layer], y, going, team)
-            _add_bias(y, down_bias[layer], going)
 
 
 @entry
