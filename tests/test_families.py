@@ -92,14 +92,19 @@ def test_traces_are_collected_of_differently_named_families(family):
     assert trace.lengths.tolist() == [8, 8] and trace.agrees.shape == (2, 8, 2)
 
 
-def test_a_text_longer_than_the_learned_positions_fails_as_in_transformers():
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "ways", [{"adaptive": False}, {"threshold": 1.0}, {"threshold": 0.0, "lossless": True}]
+)
+def test_a_text_longer_than_the_learned_positions_fails_as_in_transformers(ways, rows):
+    """Drafts that would stand behind them are not made."""
     model = adaptive_gen.wrap(families.make("gpt2", max_position_embeddings=24))
-    settings = {"input_ids": torch.tensor([[3, 4]]), "do_sample": False}
-    for adaptive in (False, True):
-        out = model.generate(**settings, adaptive=adaptive, threshold=1.0, max_new_tokens=22)
-        assert out.shape == (1, 24)
-        with pytest.raises(IndexError):
-            model.generate(**settings, adaptive=adaptive, threshold=1.0, max_new_tokens=30)
+    settings = {"input_ids": torch.tensor([[3, 4]] * rows), "do_sample": False}
+    ways = {"adaptive": True, **ways}
+    just_as_long = model.generate(**settings, max_new_tokens=22)
+    assert torch.equal(model.generate(**settings, **ways, max_new_tokens=22), just_as_long)
+    with pytest.raises(IndexError):
+        model.generate(**settings, **ways, max_new_tokens=30)
 
 
 def test_a_family_that_cannot_be_wrapped_may_still_be_trained():
