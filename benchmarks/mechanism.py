@@ -17,7 +17,7 @@ from adaptive_gen.settings import state
 
 from . import arms as peers
 from .arms import Arm, Stage
-from .shapes import SMALL, Shape, build, decode_bytes, mean_depth, script, truncated
+from .shapes import Shape, build, decode_bytes, mean_depth, script, truncated
 
 # Share of the layers an early token runs, share of the tokens that run at full depth.
 SCHEDULES = ((0.25, 0.3), (0.5, 0.2))
@@ -37,14 +37,14 @@ def run(
 
     Args:
         shape: of the random model.
-        device: "cpu" or "cuda"; small shapes on a CPU are in float32, all else in bfloat16.
+        device: "cpu" or "cuda", where all shapes are in bfloat16.
         tokens: new tokens of every text.
         prompts: how many.
         prompt_length: ids of each.
         rounds: repetitions; medians count.
         compiled: whether compiled transformers takes part.
     """
-    dtype = torch.float32 if device == "cpu" and shape in SMALL else torch.bfloat16
+    dtype = shape.dtype if device == "cpu" else torch.bfloat16
     exit_layers = sorted({shape.exit_at(share) for share, _ in SCHEDULES})
     model = build(shape, exit_layers, device, dtype)
     # What a gate answers does not matter, the exits being forced: only what asking it costs.

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import adaptive_gen
+from adaptive_gen.engine.layer_parts import LayerParts
+from adaptive_gen.naming import Parts
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Shape:
     vocab: int
     tied: bool = False
     family: str = "llama"  # its `model_type`
+    dtype: torch.dtype = torch.bfloat16  # on a CPU
 
     def exit_at(self, share: float) -> int:
         """The exit layer at a share of the depth, rounded, at least 1."""
@@ -38,10 +41,10 @@ class Shape:
 
 
 SMALL = (
-    Shape("5x64", 5, 64, 176, 4, 4, 16, 512, tied=True),
-    Shape("8x128", 8, 128, 352, 4, 4, 32, 4096, tied=True),
-    Shape("16x256", 16, 256, 704, 8, 8, 32, 8192, tied=True),
-    Shape("24x512", 24, 512, 1408, 16, 16, 32, 8192, tied=True),
+    Shape("5x64", 5, 64, 176, 4, 4, 16, 512, tied=True, dtype=torch.float32),
+    Shape("8x128", 8, 128, 352, 4, 4, 32, 4096, tied=True, dtype=torch.float32),
+    Shape("16x256", 16, 256, 704, 8, 8, 32, 8192, tied=True, dtype=torch.float32),
+    Shape("24x512", 24, 512, 1408, 16, 16, 32, 8192, tied=True, dtype=torch.float32),
 )
 TRUE = (
     Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
@@ -49,8 +52,10 @@ TRUE = (
     Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 128, 32000),
     Shape("Llama-2-13B", 40, 5120, 13824, 40, 40, 128, 32000),
 )
-# Families that norm otherwise, pair otherwise, or have other gates; measured when named.
+# Families that norm otherwise, pair otherwise, or have other gates or none; measured when named.
 OTHERS = (
+    Shape("GPT-2", 12, 768, 3072, 12, 12, 64, 50257, True, "gpt2", torch.float32),
+    Shape("Pythia-410M", 24, 1024, 4096, 16, 16, 64, 50304, False, "gpt_neox", torch.float32),
     Shape("Gemma-3-270M", 18, 640, 2048, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("Gemma-3-1B", 26, 1152, 6912, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("OLMo-2-1B", 16, 2048, 8192, 16, 16, 128, 100352, family="olmo2"),
@@ -94,9 +99,11 @@ def build(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     layers = list(exit_layers)
     with torch.no_grad():
-        for layer in model.model.layers[layers[0] :]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+        for layer in Parts(model).layers[layers[0] :]:
+            parts = LayerParts.of(layer, model.config)
+            for added in (parts.out, parts.biases[-1], parts.down, parts.mlp_biases[-1]):
+                if added is not None:
+                    added.zero_()
     return adaptive_gen.wrap(model, layers, engine=engine)
 
 
@@ -110,10 +117,10 @@ def truncated(model: Any, layers: int) -> Any:
     config.exit_layers = [layers]
     with torch.device("meta"):
         short = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
-    short.model.layers = model.model.layers[:layers]
-    for part in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(short.model, part, getattr(model.model, part))
-    short.lm_head = model.lm_head
+    base, every = model.get_decoder(), Parts(model).layers
+    for name, part in base.named_children():
+        setattr(short.get_decoder(), name, every[:layers] if part is every else part)
+    short.set_output_embeddings(model.get_output_embeddings())
     short.generation_config = type(model.generation_config).from_dict(
         model.generation_config.to_dict()
     )
@@ -122,8 +129,7 @@ def truncated(model: Any, layers: int) -> Any:
 
 def decode_bytes(model: Any) -> int:
     """Bytes of weights read for one token at full depth: all but the embedding's other rows."""
-    base = model.get_decoder()
-    read = [*base.layers.parameters(), model.get_output_embeddings().weight]
+    read = [*Parts(model).layers.parameters(), model.get_output_embeddings().weight]
     return sum(weight.numel() * weight.element_size() for weight in read)
 
 
