@@ -32,6 +32,8 @@ MEASURED = (
     ("Gemma-3-270M", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-gemma-3-270m"),
     ("Gemma-3-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-gemma-3-1b"),
     ("OLMo-2-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-olmo-2-1b"),
+    ("GPT-2", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-gpt-2"),
+    ("Pythia-410M", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-pythia-410m"),
 )
 # Its columns: the arms of one track, and of the other.
 COLUMNS = {
