@@ -216,7 +216,9 @@ class Backend:
         parts = self.decoder.plain_readout
         if self.name == "module" or parts is None or any(map(hooked, parts[:2])):
             return None
-        weights = [w for module in parts[:2] for w in module.parameters()]
+        weights = [getattr(module, "weight", None) for module in parts[:2]]
+        biases = [getattr(module, "bias", None) for module in parts[:2]]
+        weights += [bias for bias in biases if bias is not None]
         if any(type(w) is not nn.Parameter for w in weights):
             return None
         if self.name in ON_SLABS:

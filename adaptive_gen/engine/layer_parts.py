@@ -42,6 +42,7 @@ _SECOND_NORM = (
     "pre_feedforward_layernorm",
 )
 _BY_GROUP = "query_key_value"  # has a key head's queries, its key and its value together
+_CAPPED = ("Gemma2Attention", "VaultGemmaAttention")  # where it is eager
 # Settings that change numbers larger, or positions later, than those that are compared.
 _HIDDEN = ("clip_qkv", "llama_4_scaling_beta")
 
@@ -104,10 +105,8 @@ class LayerParts:
         attention, mlp = _part(layer, _ATTENTION), getattr(layer, "mlp", layer)
         head_dim = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
         query, key, value, *biases = _projections(attention, head_dim, config)
-        (out, out_bias), (down, down_bias) = (
-            _linear(_part(attention, _OUT)),
-            _linear(_part(mlp, _DOWN)),
-        )
+        out, out_bias = _linear(_part(attention, _OUT))
+        down, down_bias = _linear(_part(mlp, _DOWN))
         gate, up, *mlp_biases = _gate_and_up(mlp)
         return cls(
             query,
@@ -126,7 +125,7 @@ class LayerParts:
             getattr(attention, "scaling", head_dim**-0.5),
             float(getattr(layer, "residual_multiplier", 1.0)),
             _activation(_part(mlp, _ACTIVATION)),
-            getattr(config, "attn_logit_softcapping", None),
+            _softcap(attention, config),
         )
 
     @property
@@ -209,6 +208,14 @@ def _norms(layer: Any) -> tuple[Any, Any, Any, Any, bool]:
     parallel = getattr(layer, "use_parallel_residual", hasattr(layer, "ln_mlp"))
     mixed = getattr(layer, "post_self_attn_layernorm", None)  # GLM 4
     return first, after, mixed, getattr(layer, "post_mlp_layernorm", None), bool(parallel)
+
+
+def _softcap(attention: Any, config: Any) -> float | None:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    known = type(attention).__name__ in _CAPPED and config._attn_implementation == "eager"
+    if softcap is not None and not known:
+        raise Unfit("its attn_logit_softcapping is not known to cap anything")
+    return softcap
 
 
 def _activation(own: Any) -> str:

@@ -13,11 +13,8 @@ from torch import Tensor
 
 def is_norm(norm: Any) -> bool:
     """Whether a module may be one of the two; what is made of it is compared besides."""
-    return isinstance(_eps(norm), float) and isinstance(getattr(norm, "weight", None), Tensor)
-
-
-def _eps(norm: Any) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return isinstance(eps, float) and isinstance(getattr(norm, "weight", None), Tensor)
 
 
 def eps_of(norm: Any) -> float:
