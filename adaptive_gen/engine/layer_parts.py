@@ -42,7 +42,7 @@ _SECOND_NORM = (
     "pre_feedforward_layernorm",
 )
 _BY_GROUP = "query_key_value"  # has a key head's queries, its key and its value together
-_CAPPED = ("Gemma2Attention", "VaultGemmaAttention")  # where it is eager
+_CAPPED = ("Gemma2Attention", "VaultGemmaAttention")
 # Settings that change numbers larger, or positions later, than those that are compared.
 _HIDDEN = ("clip_qkv", "llama_4_scaling_beta")
 
@@ -212,10 +212,9 @@ def _norms(layer: Any) -> tuple[Any, Any, Any, Any, bool]:
 
 def _softcap(attention: Any, config: Any) -> float | None:
     softcap = getattr(config, "attn_logit_softcapping", None)
-    known = type(attention).__name__ in _CAPPED and config._attn_implementation == "eager"
-    if softcap is not None and not known:
+    if softcap is not None and type(attention).__name__ not in _CAPPED:
         raise Unfit("its attn_logit_softcapping is not known to cap anything")
-    return softcap
+    return softcap if config._attn_implementation == "eager" else None  # sdpa knows no cap
 
 
 def _activation(own: Any) -> str:
