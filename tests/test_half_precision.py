@@ -4,6 +4,7 @@ What they generate is what their float32 copies generate, the same numbers in tw
 after prompts that are long enough to run through their own layers, where torch is quick at that.
 """
 
+import copy
 import logging
 
 import families
@@ -100,6 +101,23 @@ def test_tokens_exits_and_confidences_are_the_float32_copys(tiny_llama, dtype, w
     named = wrapping.get("engine", "compiled") + ("-int8" if "weights" in wrapping else "")
     assert out.report.engine == named
     assert next(half.parameters()).dtype == dtype, "the model itself is left as it was"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("weights", ["own", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_is_asked_in_python_as_of_the_float32_copy(dtype, weights, family):
+    """Where a logits processor keeps texts from compiled stretches; LayerNorm takes one dtype."""
+    narrow, texts = families.make(family, dtype), []
+    for model in (narrow, copy.deepcopy(narrow).float()):
+        model = adaptive_gen.wrap(model, exit_layers=[3], engine="compiled", weights=weights)
+        torch.manual_seed(0)
+        state(model).gate = Gate({3: torch.randn(32)}, {3: torch.tensor(0.1)})
+        settings = {"confidence": "gate", "threshold": 0.5, "no_repeat_ngram_size": 2}
+        ids, how = torch.arange(5, 22)[None], {"max_new_tokens": 12, "do_sample": False}
+        out = model.generate(ids, adaptive=True, return_dict_in_generate=True, **settings, **how)
+        texts.append((out.sequences.tolist(), out.report.exit_histogram))
+    assert texts[0] == texts[1]
 
 
 @either

@@ -1,5 +1,6 @@
 """Which back end runs a model's segments, and what reads them out."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -176,9 +177,13 @@ class Backend:
         if not self._narrow:
             return decoder.normed
 
+        @functools.cache
+        def final_norm() -> Any:  # as it is now: its weights may be others for the next text
+            return wide(decoder.plain_readout[0]) if decoder.plain_readout else None
+
         def norm(hidden: Tensor, exit_layer: int) -> Tensor:
-            if exit_layer not in decoder.own:
-                return decoder.normed(hidden, exit_layer)
+            if exit_layer not in decoder.own and final_norm() is not None:
+                return final_norm()(hidden)
             return wide(decoder.normed(hidden.to(dtype), exit_layer))
 
         return norm
