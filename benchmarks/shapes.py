@@ -54,8 +54,8 @@ TRUE = (
 )
 # Families that norm otherwise, pair otherwise, or have other gates or none; measured when named.
 OTHERS = (
-    Shape("GPT-2", 12, 768, 3072, 12, 12, 64, 50257, True, "gpt2", torch.float32),
-    Shape("Pythia-410M", 24, 1024, 4096, 16, 16, 64, 50304, False, "gpt_neox", torch.float32),
+    Shape("GPT-2", 12, 768, 3072, 12, 12, 64, 50257, tied=True, family="gpt2", dtype=torch.float32),
+    Shape("Pythia-410M", 24, 1024, 4096, 16, 16, 64, 50304, family="gpt_neox", dtype=torch.float32),
     Shape("Gemma-3-270M", 18, 640, 2048, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("Gemma-3-1B", 26, 1152, 6912, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("OLMo-2-1B", 16, 2048, 8192, 16, 16, 128, 100352, family="olmo2"),

@@ -32,9 +32,7 @@ assert processor.DOTS == (hidden == ("avx512",) and bool(known().get("avxvnni"))
 if "avxvnni" in hidden:
     avx2 = known().get("avx2", False) and "avx2" not in hidden
     assert processor.PAIRS == (avx2 and not processor.WIDE)
-# Double precision has one code for all of them.
-only = ["-k", "not dtype1 and not float64"]
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *only, *sys.argv[2:]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
 

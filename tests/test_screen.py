@@ -136,9 +136,10 @@ def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
     assert not rounded.with_room(1)[6][0].size
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 17])
-def test_states_without_a_number_still_give_a_token(count, screened):
-    of = readout(16 * count)
+def test_states_without_a_number_still_give_a_token(count, plain, screened):
+    of = readout(16 * count, plain=plain)
     desk = of.with_room(1)
     nothing = np.full((1, HIDDEN), np.nan, np.float32)
     screening.look(nothing, desk)

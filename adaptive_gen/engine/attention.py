@@ -76,7 +76,7 @@ class Attention:
         """By two batched products; keys [rows * kv_heads, head_dim, keys]."""
         room, scores = self._room, self._scores
         torch.bmm(room.grouped(), keys, out=scores)
-        self._soften(scores)
+        soften(scores, self._softcap)
         blocked = self._blocked[self._types[index]]
         if blocked is not None:  # [rows or 1, 1, time, keys]
             rows, time = len(room.query), self._span.time
@@ -91,13 +91,9 @@ class Attention:
         assert self._window is not None
         first = keys.shape[-1] - self._window
         scores = torch.bmm(self._room.grouped(), keys[:, :, first:])
-        self._soften(scores)
+        soften(scores, self._softcap)
         torch.bmm(torch.softmax(scores, -1), values[:, first:], out=self._room.mixed)
         return self._room.joined()
-
-    def _soften(self, scores: Tensor) -> None:
-        if self._softcap is not None:
-            scores.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def _general(self, keys: Tensor, values: Tensor, blocked: Tensor | None) -> Tensor:
         """By torch's kernel; keys [rows, kv_heads, keys, head_dim]."""
@@ -112,3 +108,8 @@ class Attention:
             enable_gqa=query.shape[1] != keys.shape[1],
         )
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def soften(numbers: Tensor, softcap: float | None) -> Tensor:
+    """Bend numbers so that they stay below a cap, if there is one, in place."""
+    return numbers if softcap is None else numbers.div_(softcap).tanh_().mul_(softcap)

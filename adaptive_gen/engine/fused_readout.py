@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import soften
 from .folding import as_it_is, bias_of, faster_order, scaled, wide
 from .fused import Matrix, normed, product
 from .fusing import difference
@@ -27,9 +28,7 @@ class FusedReadout:
     def __call__(self, hidden: Tensor, exit_layer: int | None = None) -> Tensor:
         """Hidden states [rows, hidden] after any layer -> logits [rows, vocab]."""
         logits = product(normed(hidden, self.floor, self.centred), self.head, self.bias)
-        if self.softcap is None:
-            return logits
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return soften(logits, self.softcap)
 
 
 def fuse_readout(

@@ -146,34 +146,34 @@ def _activate(wide: Any, width: int, activation: int, gated: int, tokens: int) -
     kind = wide.dtype.type
     zero, one, steep, cubic = kind(0), kind(1), kind(_STEEP), kind(_CUBIC)
     for m in range(tokens):
-        inner = wide[m, :width]
+        first = wide[m, :width]
         if activation == SILU and gated:  # as a rule, so without a second pass
             up = wide[m, width : 2 * width]
             for n in range(width):
-                inner[n] = inner[n] / (one + exp(-inner[n])) * up[n]
+                first[n] = first[n] / (one + exp(-first[n])) * up[n]
             continue
         if activation == SILU:
             for n in range(width):
-                inner[n] = inner[n] / (one + exp(-inner[n]))
+                first[n] = first[n] / (one + exp(-first[n]))
         elif activation == GELU_TANH:
             for n in range(width):
-                g = inner[n]
-                inner[n] = g / (one + exp(-steep * (g + cubic * g * g * g)))
+                g = first[n]
+                first[n] = g / (one + exp(-steep * (g + cubic * g * g * g)))
         elif activation == GELU:
             for n in range(width):
-                g = inner[n]
-                inner[n] = max(g, zero) - abs(g) * normal_tail(abs(g))
+                g = first[n]
+                first[n] = max(g, zero) - abs(g) * normal_tail(abs(g))
         elif activation == RELU:
             for n in range(width):
-                inner[n] = max(inner[n], zero)
+                first[n] = max(first[n], zero)
         elif activation == RELU2:
             for n in range(width):
-                g = max(inner[n], zero)
-                inner[n] = g * g
+                g = max(first[n], zero)
+                first[n] = g * g
         if gated:
             up = wide[m, width : 2 * width]
             for n in range(width):
-                inner[n] *= up[n]
+                first[n] *= up[n]
 
 
 @inner
