@@ -2,6 +2,7 @@
 
 import math
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -257,9 +258,11 @@ def test_other_processors_are_asked_themselves(tiny_llama, stretches, kwargs):
     assert_same(ours, drawn(model, adaptive=False, **kwargs))
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_nothing_is_drawn_from_what_is_no_number(tiny_llama, stretches, screen, name):
-    model = wrapped(tiny_llama(eos_token_id=None))
+def test_nothing_is_drawn_from_what_is_no_number(tiny_llama, stretches, screen, name, capped):
+    capping = families.make("gemma2", num_hidden_layers=6)
+    model = wrapped(capping if capped else tiny_llama(eos_token_id=None))
     with torch.no_grad():
         model.model.embed_tokens.weight[12:] = math.nan
     with pytest.raises(adaptive_gen.AdaptiveGenError, match="no numbers"):

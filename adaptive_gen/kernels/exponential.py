@@ -37,7 +37,7 @@ _LN2_LOW = np.float32(math.log(2) - 0.693359375)
 _FUSED = ("contract",)
 
 
-@overload(exp, inline="always")
+@overload(exp)
 def _exp_of(x: Any) -> Any:
     def library_exp(x: Any) -> Any:
         return math.exp(x)
@@ -66,7 +66,7 @@ def softened(x: Any, cap: Any) -> Any:
 _TWO = np.float32(2)
 
 
-@overload(softened, inline="always")
+@overload(softened)
 def _softened_of(x: Any, cap: Any) -> Any:
     def library_tanh(x: Any, cap: Any) -> Any:
         return cap * math.tanh(x / cap)
@@ -90,7 +90,7 @@ _TAIL = tuple(
 )
 
 
-@overload(normal_tail, inline="always")
+@overload(normal_tail)
 def _normal_tail_of(x: Any) -> Any:
     def library_tail(x: Any) -> Any:
         return 0.5 * math.erfc(x / math.sqrt(2))
