@@ -16,7 +16,8 @@ from torch import Tensor
 
 from adaptive_gen.engine.cache import KVCache
 from adaptive_gen.engine.compiled import CompiledSegment
-from adaptive_gen.engine.fused import FusedSegment, product
+from adaptive_gen.engine.fused import FusedSegment
+from adaptive_gen.engine.matrices import product
 from adaptive_gen.settings import state
 
 from .micro import copy_bandwidth

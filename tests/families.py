@@ -127,6 +127,7 @@ FAMILIES = {
     "stablelm": Family({"use_qkv_bias": True}),
     "stablelm_parallel": Family({"use_parallel_residual": True}, model_type="stablelm"),
     "stablelm_normed": Family({"qk_layernorm": True}, model_type="stablelm"),
+    "olmoe": Family({"num_experts": 4, "num_experts_per_tok": 2}, "mixture of experts"),
     "mixtral": Family({**SLIDING, "num_local_experts": 4}, "mixture of experts"),
     "qwen3_moe": Family(
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
@@ -267,6 +268,10 @@ FUSED = (
     "olmo2",
     "olmo3",
     "granite",
+    "granitemoe",
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
     "glm",
     "glm4",
     "exaone4",
@@ -291,7 +296,8 @@ FUSED = (
 # Of these, one or more for everything that differs: biases, windows, norms of heads one by one or
 # together, norms before, behind or both, GELU, factors, layers without positions, rotations by
 # layer, of half of the coordinates, of halves and of neighbours, matrices that come as one, an MLP
-# without a gate or beside attention, LayerNorm, a bias of the head, learned positions, soft caps.
+# without a gate or beside attention, LayerNorm, a bias of the head, learned positions, soft caps,
+# experts.
 PARTICULAR = (
     "llama",
     "mistral",
@@ -309,4 +315,5 @@ PARTICULAR = (
     "phi",
     "nemotron",
     "cohere",
+    "qwen3_moe",
 )

@@ -20,7 +20,7 @@ from adaptive_gen.engine.compiled_readout import CompiledConfidences
 from adaptive_gen.engine.int8 import Int8Matrix
 from adaptive_gen.engine.layer_parts import ACTIVATIONS
 from adaptive_gen.engine.panelled import in_panels, padding
-from adaptive_gen.kernels import integers, layers, pairs, panels, processor, products, readout
+from adaptive_gen.kernels import activations, integers, pairs, panels, processor, products, readout
 from adaptive_gen.kernels.jit import entry
 from adaptive_gen.settings import state
 
@@ -159,19 +159,19 @@ def test_where_only_the_newest_state_counts_it_is_the_same_and_so_is_the_cache(f
 
 @entry
 def activate(wide, width, activation, gated):
-    layers._activate(wide, width, activation, gated, wide.shape[0])
+    activations.activate(wide, width, activation, gated, wide.shape[0])
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_activations_are_torchs_however_large_a_number_is(name, dtype, gated):
     near, far = torch.linspace(-9, 9, 997, dtype=dtype), torch.tensor([-1e3, -40, 40, 1e3, 0.0])
     x = torch.cat([near, far.to(dtype)])[None]
     up = torch.randn_like(x)
     expected = ACTIVATIONS[name](x.double()) * (up if gated else 1)
     wide = torch.cat([x, up], dim=1)
-    activate(wide.numpy(), x.shape[1], layers.ACTIVATIONS.index(name), int(gated))
+    activate(wide.numpy(), x.shape[1], activations.ACTIVATIONS.index(name), int(gated))
     precision = 1e-6 if dtype == torch.float32 else 1e-12
     got = wide[:, : x.shape[1]].double()
     torch.testing.assert_close(got, expected.double(), rtol=precision, atol=precision)

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ..confidence import Confidences, Summary
 from .compiled import MOST_ROWS
-from .fused import Matrix
 from .fused_readout import FusedReadout
 from .int8 import COLUMNS, Int8Matrix
 from .machine_code import kernel
+from .matrices import Matrix
 from .narrow import NarrowMatrix
 from .norms import gain, shift
 from .panelled import PANEL, gain_of, in_panels, padding

@@ -39,6 +39,7 @@ class Desk:
         whole = sizes.hidden + padding(sizes.hidden)
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide), whole
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)
+        self._routing = _routing(sizes, like, room)
         self._plan = np.zeros(kernel("attending").PLAN, np.int64)
         self._work = (*self._buffers, self._scores(64))
         self._memory: tuple[Any, Any] = (None, None)  # a cache's, as tensor and as array
@@ -57,7 +58,7 @@ class Desk:
         scores = self._work[-1]
         if scores.shape[2] <= seen or len(scores) < threads():
             self._work = (*self._buffers, self._scores(max(64, 1 << seen.bit_length())))
-        return *self._work, self._plan, helpers(self._largest)
+        return *self._work, self._plan, helpers(self._largest), self._routing
 
     def memory(self, kv: Tensor) -> Any:
         """The memory of a cache as an array."""
@@ -104,3 +105,11 @@ class Desk:
         if len(self._turns) < stop:
             self._turns = torch.view_as_real(self._turning.table(like, stop)).numpy()
         return self._turns
+
+
+def _routing(sizes: Sizes, like: Tensor, room: int) -> tuple[Any, ...]:
+    """What `kernels.experts` works in; without room where a model has none."""
+    experts, hidden = sizes.experts, sizes.hidden if sizes.experts else 0
+    widths = experts + padding(experts), experts, hidden, hidden + padding(hidden)
+    buffers = (like.new_zeros(room, width).numpy() for width in widths)
+    return *buffers, np.zeros(room, np.int64)

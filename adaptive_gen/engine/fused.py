@@ -5,7 +5,8 @@ steps, rotary embeddings that concatenate. Here a layer is four matrix products 
 operations over weights prepared once: q, k and v side by side, gate and up side by side, norm gains
 and the attention scale folded in. Gemma, OLMo 2 and others norm what attention and the MLP give,
 besides what they are given or instead; GPT-2, GPT-NeoX, Phi and others have LayerNorm and no gates,
-and some give the MLP what attention is given. `fusing` prepares them, `workspace` has the buffers.
+and some give the MLP what attention is given; Mixtral, OLMoE and others have several MLPs, see
+`experts`. `fusing` prepares them, `workspace` has the buffers.
 
 Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`; matrix products
 see rows and time as one axis.
@@ -19,13 +20,13 @@ from torch import Tensor
 from ..decoder import Decoder
 from .attention import Attention
 from .cache import KVCache, Span
+from .experts import add_mixture
 from .int8 import Int8Matrix
 from .layer_parts import ACTIVATIONS
+from .matrices import Matrix, add_product, product
 from .narrow import NarrowMatrix
 from .turns import Turns
 from .workspace import Room, Sizes, Workspace, norm_heads
-
-Matrix = Tensor | Int8Matrix | NarrowMatrix
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Layer:
     down_bias: Tensor | None
     mixed_gain: Tensor | None = None  # [hidden], where what attention gives is normed
     output_gain: Tensor | None = None  # likewise of the MLP
+    # [hidden, experts], where the MLP is a mixture: `gate_up` and `down` have those of all experts
+    # side by side.
+    router: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Traits:
     parallel: bool  # whether the MLP is given what attention is, and not what that made of it
     activation: str  # see `layer_parts`
     softcap: float | None  # what scores of attention are bent below
+    top_k: int  # experts of a token, where there are any
+    normalised: bool  # whether its shares of them add up to 1
     eps: tuple[float, ...]  # of the norms of hidden states, and of those of queries and keys
     normed_after: tuple[bool, bool]  # whether what attention, and the MLP, give is normed
     # Queries, keys, values, what attention gives, gate, up, down, and the norms before both.
@@ -130,6 +136,9 @@ class FusedSegment:
             else:
                 mixed = product(attend(index), layer.out, layer.out_bias)
                 x += normed(mixed, room.floor, model.sizes.centred) * layer.mixed_gain
+            if layer.router is not None:
+                add_mixture(x, self._given(room), layer, model.sizes, model.traits)
+                continue
             if not parallel:
                 product(self._given(room), layer.gate_up, layer.gate_up_bias, room.gate_up)
             inner = room.activated(activate)
@@ -187,26 +196,3 @@ def normed(hidden: Tensor, floor: Tensor, centred: bool) -> Tensor:
     if centred:
         hidden = hidden - hidden.mean(-1, keepdim=True)
     return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(floor)
-
-
-def product(
-    x: Tensor, matrix: Matrix, bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """`x @ matrix + bias` for rows [n, in]."""
-    if not isinstance(matrix, Tensor):
-        found = matrix(x)
-        out = found.to(x.dtype) if out is None else out.copy_(found)
-        return out if bias is None else out.add_(bias)
-    if bias is None:
-        return torch.mm(x, matrix, out=out)
-    return torch.addmm(bias, x, matrix, out=out)
-
-
-def add_product(total: Tensor, x: Tensor, matrix: Matrix, bias: Tensor | None) -> None:
-    """Add `x @ matrix + bias` to `total`, in place."""
-    if isinstance(matrix, Tensor):
-        total.addmm_(x, matrix)
-    else:
-        total += matrix(x)
-    if bias is not None:
-        total += bias

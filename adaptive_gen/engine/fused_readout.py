@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from .attention import soften
 from .folding import as_it_is, bias_of, faster_order, scaled, wide
-from .fused import Matrix, normed, product
+from .fused import normed
 from .fusing import difference
+from .matrices import Matrix, product
 from .narrow import NarrowMatrix
 from .norms import floor_of, gain, is_centred, is_norm, shift
 

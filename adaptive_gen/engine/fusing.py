@@ -26,9 +26,10 @@ from .folding import (
     wide,
     with_gain,
 )
-from .fused import FusedModel, FusedSegment, Layer, Matrix, Traits
+from .fused import FusedModel, FusedSegment, Layer, Traits
 from .int8 import Int8Matrix
 from .layer_parts import LayerParts, Unfit, other_layers
+from .matrices import Matrix
 from .narrow import BITS, NarrowMatrix
 from .norms import eps_of, floor_of, gain, is_centred, shifts
 from .turns import Turns, rotation_of
@@ -78,7 +79,7 @@ def fuse(decoder: Decoder, kept: Kept | None = None) -> FusedModel:
         order = faster_order if kept is None else as_it_is
         states = _states(decoder)
         for index, layer in enumerate(layers):
-            if {p.dtype for p in layer.parameters() if p.dim() == 2} != {weight.dtype}:
+            if {p.dtype for p in layer.parameters() if p.dim() > 1} != {weight.dtype}:
                 raise Unfit("its layers' weights are not all of one dtype")
             layer, own = wide(layer), layer
             parts = LayerParts.of(layer, decoder.config)
@@ -116,10 +117,11 @@ def _sizes(parts: LayerParts) -> Sizes:
         heads=parts.query.shape[0] // parts.head_dim,
         kv_heads=parts.key.shape[0] // parts.head_dim,
         head_dim=parts.head_dim,
-        intermediate=parts.up.shape[0],
+        intermediate=parts.down.shape[1],
         floor=floor_of(parts.norms[0]),
-        gated=parts.gate is not None,
+        gated=parts.gate is not None or parts.experts is not None,
         centred=is_centred(parts.norms[0]),
+        experts=0 if parts.experts is None else len(parts.experts.router),
     )
 
 
@@ -131,12 +133,17 @@ def _traits(parts: LayerParts) -> Traits:
     normed_first = parts.attention_norm is not None
     if normed_first != (parts.mlp_norm is not None):
         raise Unfit("only one of attention and the MLP is given normed states")
+    experts = parts.experts
+    if experts is not None and not _plainly_mixed(parts):
+        raise Unfit("its mixtures of experts stand beside attention, or their norms differ")
     return Traits(
         normed_first,
         parts.whole_heads,
         parts.parallel,
         parts.activation,
         parts.softcap,
+        0 if experts is None else experts.top_k,
+        experts is not None and experts.normalised,
         (*eps, *eps_of_heads),
         (parts.mixed_norm is not None, parts.output_norm is not None),
         (
@@ -144,6 +151,12 @@ def _traits(parts: LayerParts) -> Traits:
             *(norm is not None and shifts(norm) for norm in (parts.attention_norm, parts.mlp_norm)),
         ),
     )
+
+
+def _plainly_mixed(parts: LayerParts) -> bool:
+    """Whether experts are given normed states without a bias, and what they give is added."""
+    norm = parts.mlp_norm
+    return not (parts.parallel or parts.output_norm or (norm is not None and shifts(norm)))
 
 
 def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:
@@ -168,7 +181,10 @@ def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:
         added.scale.mul_(parts.multiplier)
     mlp = [part for part in (parts.gate, parts.up) if part is not None]
     gate_up = matrix(lambda: torch.cat(mlp), len(mlp) * len(parts.up), parts.mlp_norm)
-    return replace(prepared, qkv=first, out=out, gate_up=gate_up, down=down)
+    router, experts = None, parts.experts
+    if experts is not None:
+        router = matrix(lambda: experts.router, len(experts.router), parts.mlp_norm)
+    return replace(prepared, qkv=first, out=out, gate_up=gate_up, down=down, router=router)
 
 
 def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) -> Layer:
@@ -196,6 +212,8 @@ def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) ->
     mlp = [(weight, bias) for weight, bias in pairs if weight is not None]
     gate_up = [with_gain(weight, parts.mlp_norm) for weight, _ in mlp]
     gate_up_biases = [bias_of(*each, parts.mlp_norm) for each in mlp]
+    experts = parts.experts
+    router = None if experts is None else with_gain(experts.router, parts.mlp_norm).t()
     return Layer(
         qkv=order(torch.cat(qkv).t()),
         qkv_bias=joined([qb, kb, vb], qkv),
@@ -208,6 +226,7 @@ def _layer(parts: LayerParts, paired: int, order: Callable[[Tensor], Tensor]) ->
         down_bias=scaled(down_bias, parts.multiplier),
         mixed_gain=None if parts.mixed_norm is None else gain(parts.mixed_norm),
         output_gain=None if parts.output_norm is None else gain(parts.output_norm),
+        router=router,
     )
 
 

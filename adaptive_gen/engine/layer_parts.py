@@ -34,6 +34,8 @@ _UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
 _DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn")
+_MLP = ("mlp", "block_sparse_moe")
+_ROUTER = ("gate", "router")
 _SECOND_NORM = (
     "post_attention_layernorm",
     "ln_2",
@@ -73,7 +75,7 @@ class LayerParts:
     value: Tensor
     out: Tensor
     gate: Tensor | None
-    up: Tensor
+    up: Tensor  # of a mixture of experts gates as well, as `Experts` has them
     down: Tensor
     biases: tuple[Tensor | None, ...]  # of queries, keys, values, and of what attention gives
     mlp_biases: tuple[Tensor | None, ...]  # of gate, up and down
@@ -89,6 +91,7 @@ class LayerParts:
     multiplier: float  # of what attention and the MLP give, before it is added
     activation: str
     softcap: float | None  # what scores are bent below
+    experts: "Experts | None"
 
     @classmethod
     def of(cls, layer: Any, config: Any) -> "LayerParts":
@@ -102,12 +105,17 @@ class LayerParts:
         for name in _HIDDEN:
             if getattr(config, name, None) is not None or rope.get(name) is not None:
                 raise Unfit(f"its {name} is not computed here")
-        attention, mlp = _part(layer, _ATTENTION), getattr(layer, "mlp", layer)
+        attention, mlp = _part(layer, _ATTENTION), _part_or_none(layer, _MLP) or layer
         head_dim = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
         query, key, value, *biases = _projections(attention, head_dim, config)
         out, out_bias = _linear(_part(attention, _OUT))
-        down, down_bias = _linear(_part(mlp, _DOWN))
-        gate, up, *mlp_biases = _gate_and_up(mlp)
+        experts = Experts.of(mlp) if hasattr(mlp, "experts") else None
+        if experts is None:
+            down, down_bias = _linear(_part(mlp, _DOWN))
+            gate, up, *mlp_biases = _gate_and_up(mlp)
+        else:
+            mlp, gate, mlp_biases, down_bias = mlp.experts, None, [None, None], None
+            up, down = mlp.gate_up_proj.flatten(0, 1), mlp.down_proj.flatten(0, 1)
         return cls(
             query,
             key,
@@ -126,6 +134,7 @@ class LayerParts:
             float(getattr(layer, "residual_multiplier", 1.0)),
             _activation(_part(mlp, _ACTIVATION)),
             _softcap(attention, config),
+            experts,
         )
 
     @property
@@ -138,6 +147,28 @@ class LayerParts:
     def whole_heads(self) -> bool:
         """Whether queries, and keys, are normed all heads together."""
         return self.query_norm is not None and self.query_norm.weight.numel() > self.head_dim
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What chooses a token's experts, of a layer that has a mixture of them for its MLP.
+
+    Their matrices lie one below the other in `LayerParts`, an expert's gate above what it lets
+    through.
+    """
+
+    router: Tensor  # [experts, in]
+    top_k: int  # experts of a token
+    normalised: bool  # whether a token's shares add up to 1
+
+    @classmethod
+    def of(cls, mlp: Any) -> "Experts":
+        """Find them."""
+        router = _part(mlp, _ROUTER)
+        own = [name for name, _ in (*mlp.named_parameters(), *mlp.named_buffers())]
+        if len(own) != 3:
+            raise Unfit(f"its mixtures of experts are made of more than three matrices ({own})")
+        return cls(router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
 
 
 def _part(module: Any, names: Sequence[str]) -> Any:

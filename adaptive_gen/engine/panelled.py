@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fused import FusedModel, Matrix
+from .fused import FusedModel
 from .int8 import MATRICES, Int8Matrix
 from .machine_code import kernel
+from .matrices import Matrix
 from .narrow import NarrowMatrix, bits
 from .positions import SLIDING
 
@@ -39,22 +40,25 @@ def unfit(model: FusedModel) -> str:
     widths = sizes.hidden, sizes.heads * sizes.head_dim, sizes.intermediate
     if any(width % DEPTH for width in widths):
         return f"its widths {widths} are no multiples of {DEPTH}"
+    if sizes.experts and (padding(sizes.wide) or padding(sizes.hidden)):
+        return f"its experts' {sizes.wide} and {sizes.hidden} outputs are no multiples of {PANEL}"
     return ""
 
 
 @dataclass(frozen=True)
 class CompiledModel:
-    """A `FusedModel`, and its matrices once more in panels; see `kernels.panels`."""
+    """A `FusedModel`, and its matrices once more in panels; see `kernels.layers`."""
 
     fused: FusedModel
-    weights: tuple[Any, ...]  # qkv, out, gate_up, down: [layers, panels, in, PANEL] each
-    scales: tuple[Any, ...]  # of their columns: [layers, panels * PANEL] each
-    biases: tuple[Any, ...]  # likewise; see `kernels.layers`
+    weights: tuple[Any, ...]  # qkv, out, gate_up and down
+    scales: tuple[Any, ...]  # of their columns
+    biases: tuple[Any, ...]
     gains: tuple[Any, ...]
     floors: Any
     windows: Any
     softcap: Any
     rotations: Any
+    router: tuple[Any, Any]
     traits: Any
 
     @property
@@ -69,6 +73,7 @@ class CompiledModel:
             self.windows,
             self.softcap,
             self.rotations,
+            self.router,
             self.traits,
         )
 
@@ -77,7 +82,12 @@ class CompiledModel:
         """Copy the layers' weights."""
         positions, layers = model.decoder.positions, model.layers
         like, window, traits = model.qk_floors, positions.window or 0, model.traits
-        weights, scales = _in_order([[getattr(x, name) for name in MATRICES] for x in layers], like)
+        matrices = [[getattr(layer, name) for name in MATRICES] for layer in layers]
+        weights, scales = _in_order(matrices, like)
+        router = _router(model, like, weights[0].dtype)
+        experts = model.sizes.experts or 1
+        weights = *weights[:2], *(_by_expert(of, experts) for of in weights[2:])
+        scales = *scales[:2], *(_by_expert(of, experts) for of in scales[2:])
 
         def of_layers(name: str, axes: int = 1) -> Any:
             return _stacked([getattr(layer, name) for layer in layers], axes, like)
@@ -97,6 +107,7 @@ class CompiledModel:
             np.array([window if kind == SLIDING else 0 for kind in positions.layer_types]),
             like.new_tensor([] if traits.softcap is None else [traits.softcap]).numpy(),
             np.array(model.turns.of_layer),
+            router,
             np.array(
                 [
                     traits.normed_first,
@@ -104,13 +115,17 @@ class CompiledModel:
                     traits.whole_heads,
                     traits.parallel,
                     model.sizes.gated,
-                    kernel("layers").ACTIVATIONS.index(traits.activation),
+                    kernel("activations").ACTIVATIONS.index(traits.activation),
+                    traits.top_k,
+                    traits.normalised,
                 ]
             ),
         )
 
 
-def _in_order(layers: list[list[Matrix]], like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _in_order(
+    layers: Sequence[Sequence[Matrix]], like: Tensor
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Each layer's matrices in panels, one behind the other, and their scales.
 
     They lie in memory as they are read: what is asked for ahead of one is the next one's beginning.
@@ -124,6 +139,22 @@ def _in_order(layers: list[list[Matrix]], like: Tensor) -> tuple[tuple[Any, ...]
             array[layer] = of_layer
         scales.append(factors)
     return tuple(weights), tuple(np.stack(of_kind) for of_kind in zip(*scales, strict=True))
+
+
+def _router(model: FusedModel, like: Tensor, dtype: Any) -> tuple[Any, Any]:
+    """What chooses experts, in panels, and its scale; without panels where there are none."""
+    routers = [(layer.router,) for layer in model.layers if layer.router is not None]
+    if routers:
+        (weights,), (scale,) = _in_order(routers, like)
+        return weights, scale
+    # In the dtype of one that there is, so that the same compiled code takes both.
+    layers, kept = len(model.layers), like.numpy().dtype if model.rounded else dtype
+    return np.empty((layers, 0, 1, PANEL), kept), np.empty((layers, 0), like.numpy().dtype)
+
+
+def _by_expert(stacked: Any, experts: int) -> Any:
+    """What all experts' columns have in an array [layers, ...], as [layers, experts, ...]."""
+    return stacked.reshape(len(stacked), experts, -1, *stacked.shape[2:])
 
 
 def _room_for(layers: int, panels: Sequence[Any]) -> list[Any]:

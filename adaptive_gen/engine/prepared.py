@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..decoder import Decoder
 from ..naming import hooked
 from .compiled import prepared
-from .fused import FusedModel, Matrix
+from .fused import FusedModel
 from .fusing import Kept, fuse, narrowed, stacked
 from .graphs import Graphs
 from .int8 import quantised
 from .layer_parts import Unfit
+from .matrices import Matrix
 from .narrow import BITS
 from .panelled import CompiledModel, missing
 from .recorder import Direct

@@ -6,7 +6,7 @@ with the buffers they look into, and every layer and every later token uses them
 Axes: `rows`, `time`, `hidden`, `heads`, `kv_heads`, `head_dim`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Sizes:
     floor: float  # the least that a norm divides by: sqrt(hidden * eps)
     gated: bool = True  # whether the MLP has a gate, which is as wide again
     centred: bool = False  # whether norms take off the mean
+    experts: int = 0  # MLPs of a layer that tokens are given to by a router; 0: there is one
 
     @property
     def wide(self) -> int:
@@ -92,9 +93,7 @@ class Room:
 
     def activated(self, activate: Callable[[Tensor], Tensor]) -> Tensor:
         """What the MLP makes of `gate_up`, [rows * time, intermediate]."""
-        first, *up = self._inner
-        inner = activate(first)
-        return inner.mul_(up[0]) if up else inner
+        return activated(self._inner, activate)
 
     def norm_heads(self, gain: Tensor, floors: Tensor, whole: bool) -> None:
         """Norm queries and keys, head by head or as a whole; see `FusedModel`."""
@@ -144,6 +143,13 @@ class Workspace:
             if rows * time <= _MOST_KEPT:
                 self._rooms[rows, time] = found
         return found
+
+
+def activated(parts: Sequence[Tensor], activate: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a gate, or all of an MLP, lets through: the first part, times the second if any."""
+    first, *up = parts
+    inner = activate(first)
+    return inner.mul_(up[0]) if up else inner
 
 
 def norm_heads(heads: Tensor, gain: Tensor, floor: Tensor, whole: bool) -> None:

@@ -9,24 +9,21 @@ Everything works on numpy arrays of one float dtype, but for weights (see `produ
 Axes: `tokens`, `hidden`, `heads`, `kv_heads`, `head_dim`, `layers`, `panels`.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
+from .activations import activate
 from .attending import attend
-from .exponential import exp, normal_tail
+from .experts import add_mixture
 from .jit import entry, inner
 from .lanes import LANES, by_lanes, copy_lanes, turn_pairs
 from .panels import PANEL
 from .products import add_product
 from .rows import add_normed, apply_gain, begin, copy, norm
 
-NORMED_FIRST, CENTRED, WHOLE_HEADS, PARALLEL, GATED, ACTIVATION = range(6)  # of a model's traits
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
-SILU, GELU_TANH, GELU, RELU, RELU2 = range(5)
-# GELU's approximation is x / (1 + exp(-_STEEP * (x + _CUBIC * x^3))).
-_STEEP, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+# Of a model's traits.
+NORMED_FIRST, CENTRED, WHOLE_HEADS, PARALLEL, GATED, ACTIVATION, TOP_K, NORMALISED = range(8)
 
 
 @inner
@@ -141,45 +138,37 @@ def _given(x: Any, norming: Any, norms: bool, gain: Any, normed: Any, tokens: in
 
 
 @inner
-def _activate(wide: Any, width: int, activation: int, gated: int, tokens: int) -> None:
-    """Put `width` numbers of each token through an activation, times those behind if `gated`."""
-    kind = wide.dtype.type
-    zero, one, steep, cubic = kind(0), kind(1), kind(_STEEP), kind(_CUBIC)
-    for m in range(tokens):
-        first = wide[m, :width]
-        if activation == SILU and gated:  # as a rule, so without a second pass
-            up = wide[m, width : 2 * width]
-            for n in range(width):
-                first[n] = first[n] / (one + exp(-first[n])) * up[n]
-            continue
-        if activation == SILU:
-            for n in range(width):
-                first[n] = first[n] / (one + exp(-first[n]))
-        elif activation == GELU_TANH:
-            for n in range(width):
-                g = first[n]
-                first[n] = g / (one + exp(-steep * (g + cubic * g * g * g)))
-        elif activation == GELU:
-            for n in range(width):
-                g = first[n]
-                first[n] = max(g, zero) - abs(g) * normal_tail(abs(g))
-        elif activation == RELU:
-            for n in range(width):
-                first[n] = max(first[n], zero)
-        elif activation == RELU2:
-            for n in range(width):
-                g = max(first[n], zero)
-                first[n] = g * g
-        if gated:
-            up = wide[m, width : 2 * width]
-            for n in range(width):
-                first[n] *= up[n]
-
-
-@inner
 def _norming(floors: Any, traits: Any) -> Any:
     """How hidden states are normed; see `rows`."""
     return floors[0], traits[CENTRED] != 0
+
+
+@inner
+def _add_mlp(
+    layer: int,
+    normed: Any,
+    router: Any,
+    matrices: Any,
+    traits: Any,
+    bias: Any,
+    wide: Any,
+    routing: Any,
+    total: Any,
+    tokens: int,
+    team: Any,
+) -> None:
+    """Add to `total` what a layer's MLP, or its mixture of them, makes of what it is given."""
+    weights, weights_scale = router
+    if weights.shape[1]:
+        choosing = weights[layer], weights_scale[layer]
+        kinds = traits[ACTIVATION], traits[TOP_K], traits[NORMALISED]
+        add_mixture(normed, choosing, matrices, kinds, wide, routing, total, tokens, team)
+    else:
+        gate_up, gate_up_scale, down, down_scale = matrices
+        begin(wide, bias, tokens)
+        add_product(normed, gate_up[0], gate_up_scale[0], wide, tokens, team)
+        activate(wide, down.shape[2], traits[ACTIVATION], traits[GATED], tokens)
+        add_product(wide, down[0], down_scale[0], total, tokens, team)
 
 
 @entry
@@ -207,9 +196,9 @@ def run_layers(
         turns: [tokens, kinds, head_dim / 2, 2], cos and sin at each token's position.
         kv: [layers, 2, rows, kv_heads, capacity, head_dim]; gets the tokens' keys and values.
         layers: what they are made of, each by layer:
-            weights: qkv, out, gate and up, down, each [layers, panels, in, PANEL]; see
-            `add_product`.
-            scales: of their columns, each [layers, panels * PANEL].
+            weights: qkv and out, [layers, panels, in, PANEL] each, see `add_product`; gate and up,
+            and down, [layers, experts, panels, in, PANEL] each, where one MLP is one expert.
+            scales: of their columns, likewise, with panels * PANEL for panels, in and PANEL.
             biases: likewise, each [layers, out]. A model without one has none in the second axis.
             gains: of queries and keys, [layers, heads + kv_heads, head_dim]; and of hidden states
             before qkv and before gate and up, and of what attention and the MLP give, [layers,
@@ -219,24 +208,28 @@ def run_layers(
             windows: how many positions a token sees, [layers]; 0 is all.
             softcap: of scores, see `attending.attend`.
             rotations: which kind each layer turns by, [layers].
-            traits: [6]: whether attention and the MLP are given normed states, and less their mean;
+            router: what chooses experts, [layers, panels, hidden, PANEL], and the scale of its
+            columns; without panels where there is one MLP. Else MLPs are behind attention, have
+            no biases, and what they give is not normed.
+            traits: [8]: whether attention and the MLP are given normed states, and less their mean;
             whether heads are normed together; whether the MLP is given what attention is, and not
             what that made of it; whether it has a gate; and the index in `ACTIVATIONS` of what
-            the gate, or all of it, goes through.
+            the gate, or all of it, goes through; of experts how many a token has, and whether their
+            shares add up to 1.
         buffers: normed [room, hidden], projections [room, qkv in whole panels], mixed [room,
             heads * head_dim], gate_up [room, gate and up in whole panels], added [room, hidden in
-            whole panels], scores and a plan, see `attending.attend`, and who helps, see `team`.
+            whole panels], scores and a plan, see `attending.attend`, who helps, see `team`, and
+            those of `experts.add_mixture`.
     """
-    weights, scales, biases, gains, floors, windows, softcap, rotations, traits = layers
+    weights, scales, biases, gains, floors, windows, softcap, rotations, router, traits = layers
     qkv, out, gate_up, down = weights
     qkv_scale, out_scale, gate_up_scale, down_scale = scales
     qkv_bias, out_bias, gate_up_bias, down_bias = biases
     qk_gain, first_gain, second_gain, mixed_gain, output_gain = gains
-    normed, projected, mixed, wide, added, scores, plan, team = buffers
-    tokens, width = place.shape[0], down.shape[2]
-    heads = out.shape[2] // kv.shape[5]
+    normed, projected, mixed, wide, added, scores, plan, team, routing = buffers
+    tokens, heads = place.shape[0], out.shape[2] // kv.shape[5]
     norms, norming, whole = traits[NORMED_FIRST], _norming(floors, traits), traits[WHOLE_HEADS]
-    gated, activation, parallel = traits[GATED], traits[ACTIVATION], traits[PARALLEL]
+    parallel = traits[PARALLEL]
     for layer in range(start, stop):
         _given(x, norming, norms, first_gain[layer], normed, tokens)
         begin(projected, qkv_bias[layer], tokens)
@@ -255,11 +248,10 @@ def run_layers(
             add_normed(added, norming, mixed_gain[layer], normed, y, going)
         if not parallel:
             _given(y, norming, norms, second_gain[layer], normed, going)
-        begin(wide, gate_up_bias[layer], going)
-        add_product(normed, gate_up[layer], gate_up_scale[layer], wide, going, team)
-        _activate(wide, width, activation, gated, going)
         total = _total(y, added, output_gain, down_bias[layer], going)
-        add_product(wide, down[layer], down_scale[layer], total, going, team)
+        matrices = gate_up[layer], gate_up_scale[layer], down[layer], down_scale[layer]
+        given = gate_up_bias[layer], wide, routing, total, going, team
+        _add_mlp(layer, normed, router, matrices, traits, *given)
         if output_gain.shape[1]:
             add_normed(added, norming, output_gain[layer], normed, y, going)
 
@@ -276,7 +268,7 @@ def store_layers(
     buffers: Any,
 ) -> None:
     """Give layers `start`..`stop` the tokens' keys and values only; see `run_layers`."""
-    weights, scales, biases, gains, floors, _, _, rotations, traits = layers
+    weights, scales, biases, gains, floors, _, _, rotations, _, traits = layers
     qkv, qkv_scale, heads = weights[0], scales[0], weights[1].shape[2] // kv.shape[5]
     qkv_bias, qk_gain, first_gain = biases[0], gains[0], gains[1]
     norms, norming, whole = traits[NORMED_FIRST], _norming(floors, traits), traits[WHOLE_HEADS]
