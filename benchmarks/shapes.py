@@ -34,6 +34,8 @@ class Shape:
     tied: bool = False
     family: str = "llama"  # its `model_type`
     dtype: torch.dtype = torch.bfloat16  # on a CPU
+    experts: int = 0  # MLPs of a layer, where it has a mixture of them
+    top_k: int = 0  # of which a token goes through so many
 
     def exit_at(self, share: float) -> int:
         """The exit layer at a share of the depth, rounded, at least 1."""
@@ -52,13 +54,28 @@ TRUE = (
     Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 128, 32000),
     Shape("Llama-2-13B", 40, 5120, 13824, 40, 40, 128, 32000),
 )
-# Families that norm otherwise, pair otherwise, or have other gates or none; measured when named.
+# Families that norm otherwise, pair otherwise, or have other gates, none, or experts; measured when
+# named.
 OTHERS = (
     Shape("GPT-2", 12, 768, 3072, 12, 12, 64, 50257, tied=True, family="gpt2", dtype=torch.float32),
     Shape("Pythia-410M", 24, 1024, 4096, 16, 16, 64, 50304, family="gpt_neox", dtype=torch.float32),
     Shape("Gemma-3-270M", 18, 640, 2048, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("Gemma-3-1B", 26, 1152, 6912, 4, 1, 256, 262144, tied=True, family="gemma3_text"),
     Shape("OLMo-2-1B", 16, 2048, 8192, 16, 16, 128, 100352, family="olmo2"),
+    Shape(
+        "Granite-MoE-1B",
+        24,
+        1024,
+        512,
+        16,
+        8,
+        64,
+        49155,
+        tied=True,
+        family="granitemoe",
+        experts=32,
+        top_k=8,
+    ),
 )
 BY_NAME = {shape.name: shape for shape in (*SMALL, *TRUE, *OTHERS)}
 
@@ -94,6 +111,8 @@ def build(
         max_position_embeddings=16384,
         eos_token_id=None,
         pad_token_id=0,
+        **({"num_local_experts": shape.experts} if shape.experts else {}),
+        **({"num_experts_per_tok": shape.top_k} if shape.top_k else {}),
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -128,9 +147,19 @@ def truncated(model: Any, layers: int) -> Any:
 
 
 def decode_bytes(model: Any) -> int:
-    """Bytes of weights read for one token at full depth: all but the embedding's other rows."""
+    """Bytes of weights read for one token at full depth.
+
+    These are all but the embedding's other rows, and other experts.
+    """
     read = [*Parts(model).layers.parameters(), model.get_output_embeddings().weight]
-    return sum(weight.numel() * weight.element_size() for weight in read)
+    every = sum(weight.numel() * weight.element_size() for weight in read)
+    for layer in Parts(model).layers:
+        parts = LayerParts.of(layer, model.config)
+        if parts.experts is not None:
+            others = 1 - parts.experts.top_k / len(parts.experts.router)
+            size = sum(weight.numel() for weight in (parts.up, parts.down))
+            every -= round(others * size) * parts.up.element_size()
+    return every
 
 
 def mean_depth(shape: Shape, exit_layer: int, deep: float) -> float:

@@ -165,9 +165,10 @@ class Experts:
     def of(cls, mlp: Any) -> "Experts":
         """Find them."""
         router = _part(mlp, _ROUTER)
-        own = [name for name, _ in (*mlp.named_parameters(), *mlp.named_buffers())]
-        if len(own) != 3:
-            raise Unfit(f"its mixtures of experts are made of more than three matrices ({own})")
+        known = router.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj
+        for name, own in (*mlp.named_parameters(), *mlp.named_buffers()):
+            if not any(own is part for part in known):
+                raise Unfit(f"its mixtures of experts have {name} besides")
         return cls(router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
 
 
