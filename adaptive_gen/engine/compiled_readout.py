@@ -81,7 +81,9 @@ def _screen(head: Matrix, like: Tensor) -> tuple[Any, ...]:
     """
     if isinstance(head, Int8Matrix) or _bytes(head) < SCREENED_BYTES:
         none = like.new_zeros(0).numpy()
-        return np.zeros((0, 0, PANEL), np.int8), none, none, none, none
+        # In the dtype of one that there is, so that the same compiled code takes both.
+        kept = np.uint8 if kernel("processor").INTEGERS else np.int8
+        return np.zeros((0, 0, PANEL), kept), none, none, none, none
     steps, scales, doubts = [], [], []
     for part in _columns(head):
         rounded = Int8Matrix.of(part)
