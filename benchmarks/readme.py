@@ -24,8 +24,10 @@ MEASURED = (
     ("builtin", "end_to_end", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-6"),
     ("builtin", "end_to_end", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-5"),
     ("builtin", "end_to_end", "Xeon", "2026-11-29-intel-r-xeon-r-processor-2core-7"),
+    ("builtin", "end_to_end", "Emerald Rapids", "2026-12-01-emerald-rapids-2core-builtin"),
     ("24x512", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-8"),
     ("24x512", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core"),
+    ("24x512", "mechanism", "Emerald Rapids", "2026-12-01-emerald-rapids-2core"),
     ("Llama-3.2-1B", "mechanism", "Zen 5", "2026-11-29-amd-epyc-2core-llama-1b"),
     ("Llama-3.2-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-llama-1b"),
     ("Llama-3.2-1B", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-llama-1b"),
@@ -34,6 +36,12 @@ MEASURED = (
     ("OLMo-2-1B", "mechanism", "Zen 4", "2026-11-29-amd-epyc-zen4-2core-olmo-2-1b"),
     ("GPT-2", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-gpt-2"),
     ("Pythia-410M", "mechanism", "Zen 3", "2026-11-30-amd-epyc-znver3-2core-pythia-410m"),
+    (
+        "Granite-MoE-1B",
+        "mechanism",
+        "Emerald Rapids",
+        "2026-12-01-emerald-rapids-2core-granite-moe-1b",
+    ),
 )
 # Its columns: the arms of one track, and of the other.
 COLUMNS = {

@@ -38,8 +38,8 @@ def test_the_module_back_end_can_be_asked_for(tiny_llama):
 
 
 def test_insisting_on_fused_says_why_it_cannot_be_had():
-    with pytest.raises(ModelError, match="engine='fused' cannot run MixtralForCausalLM"):
-        adaptive_gen.wrap(families.make("mixtral"), engine="fused")
+    with pytest.raises(ModelError, match="engine='fused' cannot run Dots1ForCausalLM"):
+        adaptive_gen.wrap(families.make("dots1"), engine="fused")
     with pytest.raises(OptionError, match="turbo"):
         adaptive_gen.wrap(families.make("llama"), engine="turbo")
 
@@ -49,12 +49,12 @@ def test_insisting_on_fused_says_why_it_cannot_be_had():
     [{"engine": "compiled"}, {"engine": "fused"}, {"engine": "static"}, {"weights": "int8"}],
 )
 def test_a_family_that_a_back_end_does_not_know_is_named_in_one_plain_line(asked):
-    known = r"MixtralForCausalLM.*\(MixtralDecoderLayer\).*Llama's"
+    known = r"JetMoeForCausalLM.*\(JetMoeDecoderLayer\).*Llama's"
     with pytest.raises(ModelError, match=known) as caught:
-        adaptive_gen.wrap(families.make("mixtral"), **asked)
+        adaptive_gen.wrap(families.build("jetmoe", {}), **asked)
     text = str(caught.value)
     assert "Error" not in text and "object" not in text
-    assert "\n" not in text and text.count("MixtralDecoderLayer") == 1
+    assert "\n" not in text and text.count("JetMoeDecoderLayer") == 1
 
 
 @pytest.mark.parametrize("engine", ["auto", "compiled", "fused", "module"])

@@ -231,7 +231,7 @@ def test_where_graphs_cannot_be_had_the_next_back_end_runs_and_says_why(monkeypa
     tried = Backend(decoder)
     tried.segments([2, 6])
     assert tried.name == "fused" and "not graphs, because it is on cpu" in tried.reason
-    tried = Backend(state(wrapped("mixtral", "module")).decoder)
+    tried = Backend(state(wrapped("dots1", "module")).decoder)
     tried.segments([2, 6])
     assert tried.name == "module"
     assert "not graphs" in tried.reason and "not fused" in tried.reason
