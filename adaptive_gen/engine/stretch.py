@@ -25,7 +25,6 @@ from .compiled_readout import CompiledConfidences, CompiledReadout
 from .desk import Desk
 from .lasting import makes_lasting
 from .machine_code import kernel
-from .narrow import bits
 from .promise import nothing
 from .scheduler import Scheduler
 
@@ -80,15 +79,16 @@ class Stretch:
         self._places = np.zeros((rows * self._room, 2), np.int64)
         plain = scheduler.decoder.plain_embedding
         assert plain is not None
-        positions = plain.table.new_zeros(0, 0) if plain.positions is None else plain.positions
-        tables = (bits(each.detach()).numpy() for each in (plain.table, positions))
-        table, self._positions = tables
-        factor = like.new_tensor([plain.factor]).numpy()
+        positions = plain.table.new_zeros(0, 1) if plain.positions is None else plain.positions
+        tables = [_as_table(each) for each in (plain.table, positions)]
+        (table, _), (self._positions, _) = tables
+        factor, kinds = like.new_tensor([plain.factor]).numpy(), np.array([k for _, k in tables])
         if audited:
             self._rows_read = max(self._rows_read, _AT_ONCE)
         head = readout.with_room(self._rows_read)
         bounds = np.array([0, *(segment.stop for segment in scheduler.segments)])
-        self._model = (table, factor, self._positions), model.layers, head, self._gate(), bounds
+        embedding = table, self._positions, factor, kinds
+        self._model = embedding, model.layers, head, self._gate(), bounds
         measure = scheduler.confidences.measure
         self._measure = kernel("screen").MEASURES.index(measure)
         # Exit layer -> confidences asked for, and the raw ones that give them.
@@ -271,6 +271,13 @@ def _comparing(rows: int, room: int, segments: int, record: tuple[Any, ...]) -> 
     """What compares as many tokens as there is room for, see `kernels.audited`."""
     waiting = np.zeros(rows, np.int64), *np.zeros((2, rows, room), np.int64)
     return *waiting, np.zeros((segments, 2), np.int64), record
+
+
+def _as_table(weights: torch.Tensor) -> tuple[Any, int]:
+    """An embedding's weights [rows, hidden] as `kernels.tables` takes them, and their dtype."""
+    kinds = kernel("tables").KINDS
+    kind = kinds.index(str(weights.dtype).removeprefix("torch."))
+    return weights.detach().contiguous().view(torch.uint8).numpy(), kind
 
 
 def _dtype(like: torch.Tensor) -> Any:

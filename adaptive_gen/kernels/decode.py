@@ -31,11 +31,11 @@ from typing import Any
 from ..engine import thrift
 from .audited import alarms, audited, compare, note, tally
 from .choosing import NONE, choose, plain, prepare
-from .half import number
 from .jit import entry, exact, inner
 from .layers import run_layers, store_layers
 from .rows import copy, norm
 from .screen import GATE, leaves, look
+from .tables import add_row
 
 due = exact(thrift.due)
 observe = exact(thrift.observe)
@@ -213,21 +213,19 @@ def embed(embedding: Any, token: int, at: int, x: Any) -> None:
     """Write a token's hidden state before the first layer.
 
     Args:
-        embedding: a table [vocab, hidden], of x's dtype, or one of `half`'s two for x in float32;
-            a factor of it, [1]; and what is added at each position, a table likewise, without rows
-            where that is nothing.
+        embedding: a table [vocab, ..] and what is added at each position, a table likewise,
+            without rows where that is nothing; a factor of the first, [1]; and the dtypes of both,
+            [2], see `tables`.
         token: whose.
         at: its position.
         x: [hidden or more].
     """
-    table, factor, positions = embedding
-    row = table[token]
-    for n in range(row.shape[0]):
-        x[n] = number(row[n]) * factor[0]
+    table, positions, factor, kinds = embedding
+    for n in range(x.shape[0]):
+        x[n] = 0
+    add_row(table, kinds[0], token, factor[0], x)
     if positions.shape[0]:
-        row = positions[at]
-        for n in range(row.shape[0]):
-            x[n] += number(row[n])
+        add_row(positions, kinds[1], at, x.dtype.type(1), x)
 
 
 @inner

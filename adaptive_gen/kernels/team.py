@@ -156,6 +156,7 @@ def _pointer(kind: Any) -> Any:
 
 
 floats_at, integers_at = _pointer(types.float32), _pointer(types.int64)
+doubles_at = _pointer(types.float64)
 bytes_at, unsigned_at = _pointer(types.int8), _pointer(types.uint8)
 bfloats_at, halves_at = _pointer(types.uint16), _pointer(types.int16)  # bits, see `half`
 
