@@ -35,7 +35,8 @@ class Desk:
         self._all = like.new_zeros(room, sizes.hidden + padding(sizes.hidden))
         self.hidden, self.x = self._all[:, : sizes.hidden], self._all.numpy()
         wide = sizes.wide
-        self._largest = sizes.hidden * wide * like.element_size()  # bytes of a layer's matrix
+        # Bytes of a layer's largest matrix, of which an expert's is one.
+        self._largest = sizes.hidden * max(every, wide) * like.element_size()
         whole = sizes.hidden + padding(sizes.hidden)
         widths = sizes.hidden, every + padding(every), mixed, wide + padding(wide), whole
         self._buffers = tuple(like.new_zeros(room, width).numpy() for width in widths)

@@ -135,7 +135,10 @@ def _traits(parts: LayerParts) -> Traits:
         raise Unfit("only one of attention and the MLP is given normed states")
     experts = parts.experts
     if experts is not None and not _plainly_mixed(parts):
-        raise Unfit("its mixtures of experts stand beside attention, or their norms differ")
+        raise Unfit(
+            "its mixtures of experts are beside attention, normed themselves, or behind no norm or "
+            "one with a bias"
+        )
     return Traits(
         normed_first,
         parts.whole_heads,
@@ -155,8 +158,8 @@ def _traits(parts: LayerParts) -> Traits:
 
 def _plainly_mixed(parts: LayerParts) -> bool:
     """Whether experts are given normed states without a bias, and what they give is added."""
-    norm = parts.mlp_norm
-    return not (parts.parallel or parts.output_norm or (norm is not None and shifts(norm)))
+    behind = parts.mlp_norm is not None and not shifts(parts.mlp_norm)
+    return behind and not parts.parallel and parts.output_norm is None
 
 
 def narrowed(layer: Any, prepared: Layer, model: FusedModel) -> Layer:

@@ -46,7 +46,13 @@ _SECOND_NORM = (
 _BY_GROUP = "query_key_value"  # has a key head's queries, its key and its value together
 _CAPPED = ("Gemma2Attention", "VaultGemmaAttention")
 # Settings that change numbers larger, or positions later, than those that are compared.
-_HIDDEN = ("clip_qkv", "llama_4_scaling_beta")
+_HIDDEN = (
+    "clip_qkv",
+    "llama_4_scaling_beta",
+    "swiglu_limit",
+    "swiglu_limits",
+    "moe_router_logit_softcapping",
+)
 
 
 class Unfit(Exception):
@@ -169,6 +175,7 @@ class Experts:
         for name, own in (*mlp.named_parameters(), *mlp.named_buffers()):
             if not any(own is part for part in known):
                 raise Unfit(f"its mixtures of experts have {name} besides")
+        # Not every router says whether it normalises: what comes of it is compared.
         return cls(router.weight, router.top_k, getattr(router, "norm_topk_prob", True))
 
 

@@ -80,7 +80,7 @@ def add_mixture(
     for e in range(gate_up.shape[0]):
         count = 0
         for m in range(tokens):
-            if shares[m, e] > 0:
+            if shares[m, e] != 0:  # nor nan, which is handed on
                 copy(normed[m], given[count])
                 which[count] = m
                 count += 1

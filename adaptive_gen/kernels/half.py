@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+from .processor import CONVERTS_FLOAT16
+
 BFLOAT16, FLOAT16 = types.uint16, types.int16  # what the bits are called
 
 
@@ -58,4 +60,6 @@ def _number_of(stored: Any) -> Any:
     def wider(stored: Any) -> Any:
         return _float_of_bits(stored)
 
+    if stored == FLOAT16 and not CONVERTS_FLOAT16:
+        return same  # never asked for, and what would convert it is no part of every system
     return wider if stored in (BFLOAT16, FLOAT16) else same
