@@ -153,12 +153,12 @@ def decode_bytes(model: Any) -> int:
     """
     read = [*Parts(model).layers.parameters(), model.get_output_embeddings().weight]
     every = sum(weight.numel() * weight.element_size() for weight in read)
-    mixed = [layer for layer in Parts(model).layers if "experts" in str(layer)]
-    for parts in (LayerParts.of(layer, model.config) for layer in mixed):
-        assert parts.experts is not None
-        others = 1 - parts.experts.top_k / len(parts.experts.router)
-        size = sum(weight.numel() for weight in (parts.up, parts.down))
-        every -= round(others * size) * parts.up.element_size()
+    for layer in Parts(model).layers:
+        parts = LayerParts.of(layer, model.config)
+        if parts.experts is not None:
+            others = 1 - parts.experts.top_k / len(parts.experts.router)
+            size = sum(weight.numel() for weight in (parts.up, parts.down))
+            every -= round(others * size) * parts.up.element_size()
     return every
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import families
+import numba
 import numpy as np
 import pytest
 import torch
@@ -33,9 +34,9 @@ def mixed(normed, router, matrices, kinds, wide, routing, y, tokens, team):
 
 def by_kernel(prepared, given):
     """What compiled code adds, of the second layer."""
-    layers = CompiledModel.of(prepared).layers
-    (_, _, gate_up, down), (_, _, gate_up_scale, down_scale) = layers[0], layers[1]
-    (router, router_scale), traits = layers[8], layers[9]
+    model = CompiledModel.of(prepared)
+    (_, _, gate_up, down), (_, _, gate_up_scale, down_scale) = model.weights, model.scales
+    (router, router_scale), traits = model.router, model.traits
     tokens, number = len(given), given.numpy().dtype
     widths = router.shape[1] * 16, EXPERTS, HIDDEN, HIDDEN
     routing = [np.full((tokens, width), 7, number) for width in widths]
@@ -98,6 +99,19 @@ def test_texts_are_the_modules(changes):
         texts.append((out.sequences.tolist(), out.exit_layers.tolist()))
         assert set(out.exit_layers.flatten().tolist()) == {1, 2}
     assert texts[0] == texts[1] == texts[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["float32", "int8", "bfloat16"])
+def test_what_is_compiled_for_one_mlp_is_what_runs_a_mixture(weights):
+    kinds = []
+    for family in ("llama", "qwen3_moe"):
+        model = families.make(family, torch.bfloat16 if weights == "bfloat16" else torch.float32)
+        prepared = fuse(Decoder(model), narrowed if weights == "bfloat16" else None)
+        if weights == "int8":
+            prepared.layers[:] = [quantised(layer) for layer in prepared.layers]
+        kinds.append(numba.typeof(CompiledModel.of(prepared).layers))
+    assert kinds[0] == kinds[1]
 
 
 def test_weights_of_experts_that_change_are_read_anew():

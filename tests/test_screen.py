@@ -2,6 +2,7 @@
 
 import itertools
 
+import numba
 import numpy as np
 import pytest
 import screening
@@ -134,6 +135,12 @@ def test_small_heads_and_those_in_8_bits_have_no_screen(monkeypatch):
     head = torch.randn(HIDDEN, 64)
     rounded = compiled(Int8Matrix.of(head))
     assert not rounded.with_room(1)[6][0].size
+
+
+def test_what_is_compiled_for_heads_with_a_screen_is_what_runs_those_without(monkeypatch):
+    without = numba.typeof(readout(64).with_room(1))
+    monkeypatch.setattr(compiled_readout, "SCREENED_BYTES", 0)
+    assert numba.typeof(readout(64).with_room(1)) == without
 
 
 @pytest.mark.parametrize("plain", [True, False])

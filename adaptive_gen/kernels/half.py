@@ -61,5 +61,7 @@ def _number_of(stored: Any) -> Any:
         return _float_of_bits(stored)
 
     if stored == FLOAT16 and not CONVERTS_FLOAT16:
-        return same  # never asked for, and what would convert it is no part of every system
+        # There are no such weights here (`panelled.missing`), and what would convert them is a
+        # function that not every system has.
+        return same
     return wider if stored in (BFLOAT16, FLOAT16) else same
